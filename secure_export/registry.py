@@ -1,0 +1,83 @@
+"""The file's name is the plug-in's name.
+
+`kind: ort-static-int8` in a policy is `compressors/ort_static_int8.py`, which defines exactly one subclass of
+`Compressor`. Nothing is registered by hand: adding a file adds the plug-in.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from secure_export.errors import PolicyError
+
+FAMILIES = ("locators", "purifiers", "compressors", "formats", "runtimes", "triggers", "probes")
+
+P = TypeVar("P", bound="Plugin")
+
+
+class Plugin(BaseModel):
+    """Base of every plug-in: its fields are its parameters, each with a default, so `Kind()` always works."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    @property
+    def kind(self) -> str:
+        """The plug-in's name: its file's name with dashes."""
+        return type(self).__module__.rsplit(".", 1)[-1].replace("_", "-")
+
+
+def names(family: str) -> list[str]:
+    """Plug-in names of a family, sorted; imports none of them."""
+    folder = Path(__file__).parent / family
+    return sorted(
+        module.name.replace("_", "-")
+        for module in pkgutil.iter_modules([str(folder)])
+        if not module.name.startswith("_")
+    )
+
+
+def load(family: str, name: str) -> type[Plugin]:
+    """The plug-in class called `name`.
+
+    Raises:
+        PolicyError: no such plug-in in the family.
+    """
+    known = names(family)
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        guess = f"did you mean {close[0]!r}? " if close else ""
+        raise PolicyError(f"unknown {family[:-1]} {name!r}", hint=f"{guess}known: {', '.join(known)}")
+    module = importlib.import_module(f"secure_export.{family}.{name.replace('-', '_')}")
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Plugin) and value.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise PolicyError(f"{module.__name__} defines {len(found)} plug-ins, expected one")
+    return found[0]
+
+
+def build(base: type[P], family: str, spec: Mapping[str, Any]) -> P:
+    """A plug-in from a policy entry `{kind: name, **parameters}`.
+
+    Raises:
+        PolicyError: unknown name or parameter, or a value out of range; the message begins with the field.
+    """
+    parameters = dict(spec)
+    cls = load(family, str(parameters.pop("kind", "")))
+    if not issubclass(cls, base):
+        raise PolicyError(f"{cls.__name__} is not a {base.__name__}")
+    try:
+        return cls.model_validate(parameters)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise PolicyError(f"{where}: {first['msg']} (got {first['input']!r})") from error

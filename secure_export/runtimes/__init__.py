@@ -1,0 +1,34 @@
+"""Runtimes: a file as a function from raw inputs to logits."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+
+from secure_export.records import Predictor, View
+from secure_export.registry import Plugin
+
+
+class Runtime(Plugin):
+    """file to Predictor, and to the View that locators read."""
+
+    @abstractmethod
+    def open(self, path: Path) -> Predictor:
+        """The file as a function.
+
+        Raises:
+            CompressError: the runtime cannot run this file.
+        """
+
+    @abstractmethod
+    def view(self, path: Path, setting: str) -> View:
+        """Last hidden layer and head, read from the file itself.
+
+        Raises:
+            CompressError: the head cannot be found in this file.
+        """
+
+    @abstractmethod
+    def environment(self) -> Mapping[str, str]:
+        """Version, provider and options, for the report."""
