@@ -1,14 +1,14 @@
 """One exception tree: what happened, what was expected, what to do.
 
-    SecureExportError
-    ├── PolicyError          2   usage, or a policy that cannot be used
-    ├── Refused              3   measured, and a rule does not hold
-    └── NoVerdict            4   something could not be loaded, measured or written
-        ├── LoadError            the checkpoint, or its architecture
-        ├── DataError            the clean samples
-        ├── CompressError        a step, a format or a runtime could not do its work on this model
-        ├── IntegrityError       bytes are not the bytes that were measured
-        └── ReleaseError         the destination cannot be written
+SecureExportError
+├── PolicyError          2   usage, or a policy that cannot be used
+├── Refused              3   measured, and a rule does not hold
+└── NoVerdict            4   something could not be loaded, measured or written
+    ├── LoadError            the checkpoint, or its architecture
+    ├── DataError            the clean samples
+    ├── CompressError        a step, a format or a runtime could not do its work on this model
+    ├── IntegrityError       bytes are not the bytes that were measured
+    └── ReleaseError         the destination cannot be written
 """
 
 from __future__ import annotations

@@ -168,6 +168,10 @@ class Unmeasured:
     detail: str = ""
 
 
+UNREAD = "unread"
+"""Key of Suspect.evidence under which a locator that could not read the file says why; never a pass."""
+
+
 @dataclass(frozen=True)
 class Suspect:
     """What one locator says of one setting's weights; `target_class` None means "no backdoor class seen"."""

@@ -1,0 +1,109 @@
+"""Locate and purify: which class would a backdoor aim at, and the model without it.
+
+Nothing here sees a trigger or the holdout: locators and purifiers are handed the fit split.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file, save_file
+
+from secure_export import digests, registry, views
+from secure_export.errors import CompressError
+from secure_export.lane import Bench
+from secure_export.locators import Locator
+from secure_export.purifiers import Purifier
+from secure_export.records import UNREAD, Purification, SettingResult, Subject, Suspect, View
+from secure_export.runtimes import Runtime
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from secure_export.policy import Locate, Policy
+
+
+def locate(
+    wanted: Locate, subject: Subject, originals: Sequence[SettingResult], bench: Bench
+) -> tuple[Suspect, ...]:
+    """What every locator says of the full-precision subject and of each of its compressed files."""
+    suspects = []
+    for spec in wanted.methods:
+        locator = registry.build(Locator, "locators", spec)
+        if locator.needs_module:
+            view = views.of_module(subject.model, subject.head, "subject")
+            suspects.append(_suspect(locator, subject.sha256, lambda: view, "subject", bench))
+            continue
+        for done, result in enumerate(originals, start=1):
+            artifact = result.artifact
+            if artifact is not None:
+                runtime = registry.build(Runtime, "runtimes", {"kind": artifact.runtime})
+                read = partial(runtime.view, artifact.path, result.setting)
+                suspects.append(_suspect(locator, artifact.sha256, read, result.setting, bench))
+            bench.progress(f"locate: {locator.kind}", done, len(originals))
+    return tuple(suspects)
+
+
+def _suspect(locator: Locator, weights: str, read: Callable[[], View], setting: str, bench: Bench) -> Suspect:
+    fit = bench.splits.fit
+    determined_by = (weights, locator.kind, locator.model_dump(), fit.sha256, bench.seed)
+    known = bench.ledger.find(Suspect, *determined_by)
+    if known is not None:
+        return replace(known, setting=setting)
+    try:
+        found = locator.locate(read(), fit, seed=bench.seed, progress=bench.progress)
+    except CompressError as error:
+        return Suspect(locator.kind, setting, None, (), {UNREAD: error.message})
+    return bench.ledger.enter(found, *determined_by)
+
+
+def purify(
+    policy: Policy, subject: Subject, suspects: Sequence[Suspect], bench: Bench
+) -> tuple[nn.Module, str, Purification | None]:
+    """The purified model, the digest that names it, and how it went; the subject itself when none is suspected."""
+    targets = suspected_classes(suspects, policy.locate.decisive)
+    if policy.purify is None or not targets:
+        return subject.model, subject.sha256, None
+    purifier = registry.build(Purifier, "purifiers", policy.purify)
+    model = copy.deepcopy(subject.model)
+    determined_by = (
+        subject.sha256,
+        subject.architecture,
+        purifier.kind,
+        purifier.model_dump(),
+        targets,
+        bench.splits.fit.sha256,
+        bench.seed,
+    )
+    path = bench.folder / f"purified-{digests.of_json(determined_by)[:16]}.safetensors"
+    known = bench.ledger.find(Purification, *determined_by)
+    if known is not None and path.is_file():
+        model.load_state_dict(load_file(path))
+        return model.eval(), digests.of_file(path), known
+    started, history = time.perf_counter(), []
+    for target_class in targets:
+        purified = purifier.purify(
+            model, subject.head, target_class, bench.splits.fit, seed=bench.seed, progress=bench.progress
+        )
+        model = purified.model
+        history += [{"target_class": target_class, **epoch} for epoch in purified.history]
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+    purification = Purification(
+        kind=purifier.kind,
+        parameters=purifier.model_dump(),
+        target_classes=targets,
+        history=tuple(history),
+        seconds=time.perf_counter() - started,
+    )
+    return model.eval(), digests.of_file(path), bench.ledger.enter(purification, *determined_by)
+
+
+def suspected_classes(suspects: Sequence[Suspect], decisive: Sequence[str]) -> tuple[int, ...]:
+    """The classes that a decisive locator names on any setting, ascending."""
+    named = {s.target_class for s in suspects if s.locator in decisive and s.target_class is not None}
+    return tuple(sorted(named))

@@ -1,0 +1,212 @@
+"""One model through every setting: compress → write → hash → measure that file.
+
+The original and the purified model take this same road. What was already done is taken from the ledger.
+"""
+
+from __future__ import annotations
+
+import copy
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from secure_export import digests, registry
+from secure_export.compressors import Compressor, Context, FileStep, ModuleStep
+from secure_export.errors import CompressError, NoVerdict
+from secure_export.formats import Format
+from secure_export.ledger import Ledger
+from secure_export.measure import Reference, eager, logits_of, measure
+from secure_export.records import (
+    Artifact,
+    Change,
+    Lane,
+    Measurement,
+    Progress,
+    SettingResult,
+    Splits,
+    Unmeasured,
+)
+from secure_export.runtimes import Runtime
+from secure_export.triggers import Trigger
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Setting(Protocol):
+    """A named chain of steps and the format it ends in, as the policy spells it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def steps(self) -> Sequence[Mapping[str, Any]]: ...
+    @property
+    def format(self) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Written:
+    """The file after the module steps, before the file steps; settings with the same beginning share it."""
+
+    path: Path
+    sha256: str
+    changes: tuple[Change, ...]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is the same for both lanes."""
+
+    folder: Path
+    ledger: Ledger
+    splits: Splits
+    triggers: Mapping[str, Trigger]
+    trigger_specs: Sequence[Mapping[str, Any]]
+    seed: int
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Lined:
+    """A full-precision model at the head of its lane; `identity` is the digest that names it."""
+
+    lane: Lane
+    model: nn.Module
+    head: str
+    identity: str
+    reference: Reference
+
+
+def at_the_head(
+    model: nn.Module, head: str, lane: Lane, identity: str, bench: Bench, against: Reference | None = None
+) -> Lined:
+    """A full-precision model with its own logits on the holdout; `against` is the untouched subject's."""
+    bench.progress(f"{lane}: full precision", 0, 1)
+    logits = logits_of(eager(model), bench.splits.holdout)
+    predictions = logits.argmax(1) if against is None else against.subject_predictions
+    bench.progress(f"{lane}: full precision", 1, 1)
+    return Lined(lane, model, head, identity, Reference(predictions, logits))
+
+
+def through_settings(lined: Lined, settings: Iterable[Setting], bench: Bench) -> list[SettingResult]:
+    """Every setting of one lane; one that cannot be made or measured is a value that no rule can pass."""
+    settings = list(settings)
+    results = []
+    for done, setting in enumerate(settings):
+        bench.progress(f"{lined.lane}: {setting.name}", done, len(settings))
+        results.append(_through(lined, setting, bench))
+    bench.progress(f"{lined.lane}: all settings", len(settings), len(settings))
+    return results
+
+
+def _through(lined: Lined, setting: Setting, bench: Bench) -> SettingResult:
+    artifact = None
+    try:
+        artifact = make(lined, setting, bench)
+        measurement = measured(lined, artifact, bench)
+    except NoVerdict as error:
+        reason, detail = error.message, error.hint
+    except Exception as error:  # noqa: BLE001 - whatever a toolchain raises, this setting is not known to hold
+        reason, detail = f"{type(error).__name__}: {error}".splitlines()[0], traceback.format_exc()
+    else:
+        return SettingResult(lined.lane, setting.name, artifact, measurement)
+    unmeasured = Unmeasured(lined.lane, setting.name, reason, detail)
+    return SettingResult(lined.lane, setting.name, artifact, None, unmeasured)
+
+
+def make(lined: Lined, setting: Setting, bench: Bench) -> Artifact:
+    """The setting's file, hashed as it lies on disk.
+
+    Raises:
+        CompressError: a step or the format failed, or a module step follows a file step.
+    """
+    steps = [registry.build(Compressor, "compressors", spec) for spec in setting.steps]
+    first_file_step = next((i for i, step in enumerate(steps) if isinstance(step, FileStep)), len(steps))
+    module_steps, file_steps = steps[:first_file_step], steps[first_file_step:]
+    form = registry.build(Format, "formats", setting.format)
+    written = _written(lined, setting, module_steps, form, bench)
+    determined_by = (written.sha256, setting.steps, bench.splits.calibration.sha256, bench.seed)
+    known = bench.ledger.find(Artifact, *determined_by)
+    if known is not None and _intact(known.path, known.sha256):
+        return replace(known, setting=setting.name)
+    path, changes = written.path, list(written.changes)
+    for step in file_steps:
+        if not isinstance(step, FileStep):
+            raise CompressError(
+                f"{setting.name}: {step.kind} works on the module, but stands after a step on the file",
+                hint="put the steps on the module first",
+            )
+        target = bench.folder / f"{digests.of_json([path.name, step.kind, repr(step)])[:16]}{form.suffix}"
+        changes.append(step.on_file(path, target, _context(lined, bench)))
+        path = target
+    artifact = Artifact(
+        setting=setting.name,
+        path=path,
+        sha256=digests.of_file(path),
+        size=path.stat().st_size,
+        format=form.kind,
+        runtime=form.runtime,
+        changes=tuple(changes),
+    )
+    return bench.ledger.enter(artifact, *determined_by)
+
+
+def measured(lined: Lined, artifact: Artifact, bench: Bench) -> Measurement:
+    """What the file does, in the runtime that will run it."""
+    runtime = registry.build(Runtime, "runtimes", {"kind": artifact.runtime})
+    determined_by = (
+        artifact.sha256,
+        dict(runtime.environment()),
+        bench.splits.holdout.sha256,
+        bench.trigger_specs,
+        digests.of_arrays(lined.reference.logits.numpy(), lined.reference.subject_predictions.numpy()),
+    )
+    known = bench.ledger.find(Measurement, *determined_by)
+    if known is None:
+        known = measure(
+            runtime.open(artifact.path),
+            bench.splits.holdout,
+            bench.triggers,
+            lined.reference,
+            lane=lined.lane,
+            setting=artifact.setting,
+            progress=bench.progress,
+        )
+        if digests.of_file(artifact.path) != artifact.sha256:
+            raise CompressError("the file changed while it was measured")
+        bench.ledger.enter(known, *determined_by)
+    return replace(known, lane=lined.lane, setting=artifact.setting)
+
+
+def _written(
+    lined: Lined, setting: Setting, steps: Sequence[Compressor], form: Format, bench: Bench
+) -> Written:
+    determined_by = (
+        lined.identity,
+        setting.steps[: len(steps)],
+        setting.format,
+        bench.splits.calibration.sha256,
+        bench.seed,
+    )
+    known = bench.ledger.find(Written, *determined_by)
+    if known is not None and _intact(known.path, known.sha256):
+        return known
+    model, changes = copy.deepcopy(lined.model), []
+    for step in steps:
+        if not isinstance(step, ModuleStep):
+            raise CompressError(f"{step.kind} is neither a step on the module nor on the file")
+        model, change = step.on_module(model, _context(lined, bench))
+        changes.append(change)
+    path = bench.folder / f"{digests.of_json(determined_by)[:16]}{form.suffix}"
+    form.write(model.eval(), bench.splits.calibration.floats(slice(0, 2)), path)
+    return bench.ledger.enter(Written(path, digests.of_file(path), tuple(changes)), *determined_by)
+
+
+def _context(lined: Lined, bench: Bench) -> Context:
+    return Context(lined.head, bench.splits.calibration, lined.model, bench.seed, bench.progress)
+
+
+def _intact(path: Path, sha256: str) -> bool:
+    return path.is_file() and digests.of_file(path) == sha256
