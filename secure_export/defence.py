@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file, save_file
 
@@ -36,8 +36,8 @@ def locate(
     for spec in wanted.methods:
         locator = registry.build(Locator, "locators", spec)
         if locator.needs_module:
-            view = views.of_module(subject.model, subject.head, "subject")
-            suspects.append(_suspect(locator, subject.sha256, lambda: view, "subject", bench))
+            read = partial(views.of_module, subject.model, subject.head, "subject")
+            suspects.append(_suspect(locator, subject.sha256, read, "subject", bench))
             continue
         for done, result in enumerate(originals, start=1):
             artifact = result.artifact
@@ -65,7 +65,7 @@ def _suspect(locator: Locator, weights: str, read: Callable[[], View], setting: 
 def purify(
     policy: Policy, subject: Subject, suspects: Sequence[Suspect], bench: Bench
 ) -> tuple[nn.Module, str, Purification | None]:
-    """The purified model, the digest that names it, and how it went; the subject itself when none is suspected."""
+    """The purified model, the digest that names it, and how it went; the subject itself if none is suspected."""
     targets = suspected_classes(suspects, policy.locate.decisive)
     if policy.purify is None or not targets:
         return subject.model, subject.sha256, None

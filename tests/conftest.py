@@ -1,0 +1,59 @@
+"""What many tests share: a toy model on disk, a policy that names it, and a run of the whole pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from secure_export import pipeline
+from secure_export.policy import load_policy
+from secure_export.records import Report
+from tests import toys
+
+torch.set_num_threads(2)
+
+FP32 = {"name": "fp32", "steps": []}
+INT8 = {"name": "int8", "steps": [{"kind": "ort-static-int8"}]}
+PRUNED = {"name": "pruned", "steps": [{"kind": "prune-channel-mask", "ratio": 0.2, "recalibrate": False}]}
+
+
+def toy_policy(**changes: Any) -> dict[str, Any]:
+    """A policy under which the clean toy is released; `changes` replace whole sections."""
+    policy: dict[str, Any] = {
+        "version": 1,
+        "subject": {"architecture": "tests.toys:Templates"},
+        "data": {"path": "tests.toys:clean_samples", "fit": 200, "calibration": 200},
+        "locate": {
+            "methods": [{"kind": "latent-shift"}],
+            "decisive": ["latent-shift"],
+            "unconfirmed": "refuse",
+        },
+        "purify": None,
+        "settings": [FP32, INT8],
+        "release": ["fp32", "int8"],
+        "triggers": [{"name": "patch", **toys.TRIGGER}],
+        "rules": [
+            {"metric": "acc_drop", "at_most": 0.02, "settings": "released"},
+            {"metric": "lift", "at_most": 0.02, "settings": "all"},
+        ],
+    }
+    return policy | changes
+
+
+@pytest.fixture
+def run_toy(tmp_path: Path) -> Callable[..., Report]:
+    """run_toy(model, **policy changes): the real pipeline on a toy, in tmp_path/run."""
+
+    def run(model: torch.nn.Module, **changes: Any) -> Report:
+        checkpoint, policy = tmp_path / "model.safetensors", tmp_path / "policy.yaml"
+        save_file(model.state_dict(), checkpoint)
+        policy.write_text(yaml.safe_dump(toy_policy(**changes)))
+        return pipeline.run(load_policy(policy, {"subject.model": str(checkpoint)}), tmp_path / "run")
+
+    return run
