@@ -11,7 +11,7 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -23,7 +23,12 @@ P = TypeVar("P", bound="Plugin")
 
 
 class Plugin(BaseModel):
-    """Base of every plug-in: its fields are its parameters, each with a default, so `Kind()` always works."""
+    """Base of every plug-in: its fields are its parameters, each with a default, so `Kind()` works.
+
+    Where it cannot (a plug-in that is nothing without the user's own file), `Kind(**Kind.example)` does.
+    """
+
+    example: ClassVar[Mapping[str, Any]] = {}
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
