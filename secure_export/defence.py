@@ -65,7 +65,7 @@ def _suspect(locator: Locator, weights: str, read: Callable[[], View], setting: 
 def purify(
     policy: Policy, subject: Subject, suspects: Sequence[Suspect], bench: Bench
 ) -> tuple[nn.Module, str, Purification | None]:
-    """The purified model, the digest that names it, and how it went; the subject itself if none is suspected."""
+    """The purified model, its digest, and how it went; the subject itself if no class is suspected."""
     targets = suspected_classes(suspects, policy.locate.decisive)
     if policy.purify is None or not targets:
         return subject.model, subject.sha256, None

@@ -95,7 +95,7 @@ class View:
 
 @dataclass(frozen=True)
 class Purified:
-    """A purifier's model and, per epoch, what the figures need (phase, loss, mean margins, accuracy on fit)."""
+    """A purifier's model and, per epoch, what the figures need: phase, loss, margins, accuracy on fit."""
 
     model: nn.Module
     history: tuple[Mapping[str, float | str], ...]
@@ -234,7 +234,7 @@ class SettingResult:
 
 @dataclass(frozen=True)
 class Finding:
-    """One rule on one setting. `passed` None means the samples cannot decide; `needed` says how many could."""
+    """One rule on one setting; `passed` None means the samples cannot decide, `needed` how many could."""
 
     rule: str
     setting: str

@@ -13,7 +13,7 @@ BATCH_SIZE = 256
 
 
 def of_module(model: nn.Module, head: str, setting: str) -> View:
-    """The View of `model` (eval mode), with a trainable copy; a 1x1 conv head is read as averaged over space."""
+    """The View of `model` (eval mode), with a trainable copy; a 1x1 conv head is averaged over space."""
     layer = model.get_submodule(head)
     weight = layer.get_parameter("weight").detach()
     bias = getattr(layer, "bias", None)
