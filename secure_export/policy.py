@@ -1,1 +1,0 @@
-"""The policy file, its rules, and judge(policy, report) to a Verdict. Needs no torch."""

@@ -1,0 +1,97 @@
+"""The policy file, its rules, and judge(policy, report) to a Verdict. Needs no torch.
+
+load_policy → Policy → check_plugins (before measuring)
+                     → judge (after measuring) → Verdict → approve → Approved → release
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from secure_export.errors import PolicyError
+from secure_export.policy import schema, yaml
+from secure_export.policy.check import check_plugins, cross_check
+from secure_export.policy.rules import Approved, approve, judge
+from secure_export.policy.schema import (
+    DataSpec,
+    Locate,
+    Policy,
+    Rule,
+    Setting,
+    SettingSpec,
+    SubjectSpec,
+    TriggerSpec,
+)
+
+__all__ = [
+    "Approved",
+    "DataSpec",
+    "Locate",
+    "Policy",
+    "Rule",
+    "Setting",
+    "SettingSpec",
+    "SubjectSpec",
+    "TriggerSpec",
+    "approve",
+    "check_plugins",
+    "judge",
+    "load_policy",
+    "parse_policy",
+]
+
+MAX_BYTES = 1_000_000
+KEYS = sorted(
+    key
+    for section in vars(schema).values()
+    if isinstance(section, type) and issubclass(section, BaseModel)
+    for key in section.model_fields
+)
+
+
+def load_policy(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Policy:
+    """The policy in a file; `overrides` (`{"subject.model": "m.safetensors"}`) win over it.
+
+    Raises:
+        PolicyError: the file cannot be read, or the policy cannot be used; the message has one line
+            `strict.yaml:12:5: rules.0.at_most: what is wrong` for each thing that is wrong.
+    """
+    try:
+        raw = Path(path).read_bytes()
+        text = raw[: MAX_BYTES + 1].decode("utf-8-sig")
+    except OSError as error:
+        raise PolicyError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise PolicyError(f"{path}: no UTF-8 text (byte {error.start})") from error
+    if len(raw) > MAX_BYTES:
+        raise PolicyError(f"{path}: {len(raw)} bytes are no policy (at most {MAX_BYTES})")
+    return parse_policy(text, str(path), overrides, sha256=hashlib.sha256(raw).hexdigest())
+
+
+def parse_policy(
+    text: str, name: str = "policy", overrides: Mapping[str, Any] | None = None, *, sha256: str | None = None
+) -> Policy:
+    """The policy in `text`, such as the one that a report carries; `name` stands in error messages.
+
+    Raises:
+        PolicyError: as load_policy().
+    """
+    data, source = yaml.parse(text, name)
+    data, source = yaml.override(data, source, overrides or {})
+    try:
+        # Through JSON, so that strict fields take YAML's lists as tuples and still convert no value.
+        policy = Policy.model_validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        raise source.error(source.problem(detail, KEYS) for detail in error.errors()) from error
+    problems = cross_check(policy)
+    if problems:
+        raise source.error(problems)
+    policy._source = source
+    policy._sha256 = sha256 or hashlib.sha256(text.encode()).hexdigest()
+    return policy

@@ -1,0 +1,147 @@
+"""Findings that no policy can turn off: what is missing, what changed nothing, what was found and left in."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from secure_export.policy.schema import Policy, Setting
+from secure_export.records import UNREAD, Finding, Measurement, Report, ReportedSetting, SettingResult
+
+
+def builtin_findings(policy: Policy, report: Report) -> Iterator[Finding]:
+    """In the order: settings, triggers, purification, locators and suspects."""
+    for setting in policy.expanded_settings():
+        reported = reported_as(report, setting)
+        if isinstance(reported, str):
+            yield _finding("missing", setting.name, None, reported)
+        else:
+            yield from _setting(setting, reported.purified)
+    yield from _triggers(policy, report)
+    yield from _purification(report)
+    yield from _locators(policy, report)
+    yield from _suspects(policy, report)
+
+
+def reported_as(report: Report, setting: Setting) -> ReportedSetting | str:
+    """What the report holds for exactly this chain of steps, or why it holds nothing."""
+    found = [reported for reported in report.settings if reported.name == setting.name]
+    if len(found) != 1:
+        return f"the report holds {len(found)} settings called {setting.name!r}, expected one"
+    if _plain(found[0].steps) != _plain(setting.steps):
+        return f"measured with steps {_plain(found[0].steps)}, the policy asks for {_plain(setting.steps)}"
+    artifact = found[0].purified.artifact
+    if artifact is not None and artifact.format != setting.format["kind"]:
+        return f"measured as {artifact.format}, the policy asks for {setting.format['kind']}"
+    return found[0]
+
+
+def measured(report: Report, setting: Setting) -> Measurement | None:
+    """The purified lane's measurement of this chain of steps, which is what rules read."""
+    reported = reported_as(report, setting)
+    return None if isinstance(reported, str) else reported.purified.measurement
+
+
+def suspected(report: Report) -> tuple[int, ...]:
+    """Every class that any locator names or that was purified, ascending."""
+    named = {suspect.target_class for suspect in report.suspects if suspect.target_class is not None}
+    return tuple(sorted(named | _purified(report)))
+
+
+def _purified(report: Report) -> set[int]:
+    return set(report.purification.target_classes) if report.purification else set()
+
+
+def _finding(rule: str, setting: str, passed: bool | None, message: str) -> Finding:
+    return Finding(rule, setting, None, None, None, 0, passed, message)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON would bring it back, so that a stored report compares equal to one in memory."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _setting(setting: Setting, result: SettingResult) -> Iterator[Finding]:
+    artifact, measurement = result.artifact, result.measurement
+    if result.unmeasured is not None:
+        detail = f": {result.unmeasured.detail}" if result.unmeasured.detail else ""
+        yield _finding("unmeasured", setting.name, None, f"{result.unmeasured.reason}{detail}")
+    elif artifact is None or measurement is None:
+        lacking = "file" if artifact is None else "measurement"
+        yield _finding("unmeasured", setting.name, None, f"the report holds no {lacking}")
+    owners = {(result.lane, result.setting)}
+    if artifact is not None:
+        owners.add(("purified", artifact.setting))
+    if measurement is not None:
+        owners.add((measurement.lane, measurement.setting))
+    if owners != {("purified", setting.name)}:
+        named = ", ".join(sorted(f"{lane} {name}" for lane, name in owners))
+        yield _finding(
+            "mismatch", setting.name, None, f"file and numbers belong to different settings: {named}"
+        )
+    if artifact is None:
+        return
+    for change in artifact.changes:
+        if change.changed <= 0:
+            message = f"{change.kind} changed {change.changed} of {change.total} {change.unit}"
+            yield _finding("unchanged-step", setting.name, False, message)
+    if len(artifact.changes) != len(setting.steps):
+        message = f"{len(setting.steps)} steps, but {len(artifact.changes)} say what they changed"
+        yield _finding("unchanged-step", setting.name, None, message)
+
+
+def _triggers(policy: Policy, report: Report) -> Iterator[Finding]:
+    for trigger in policy.triggers:
+        wanted = {"name": trigger.name, **trigger.plugin}
+        known = [_plain(spec) for spec in report.evidence.known_triggers if spec.get("name") == trigger.name]
+        if known != [_plain(wanted)]:
+            message = (
+                f"trigger {trigger.name!r} was measured as {known or 'nothing'}, the policy asks for {wanted}"
+            )
+            yield _finding("missing", "all", None, message)
+
+
+def _purification(report: Report) -> Iterator[Finding]:
+    pairs = [(setting.original.artifact, setting.purified.artifact) for setting in report.settings]
+    both = [(original.sha256, purified.sha256) for original, purified in pairs if original and purified]
+    if _purified(report) and both and all(original == purified for original, purified in both):
+        message = "purification changed nothing: every purified file has the bytes of the original one"
+        yield _finding("unchanged-purification", "all", False, message)
+
+
+def _locators(policy: Policy, report: Report) -> Iterator[Finding]:
+    """A locator whose word counts must have spoken, and have been able to read what it spoke of."""
+    for method in policy.locate.methods:
+        kind = method["kind"]
+        if kind not in policy.locate.decisive and policy.locate.unconfirmed == "accept":
+            continue
+        spoken = [suspect for suspect in report.suspects if suspect.locator == kind]
+        if not spoken:
+            yield _finding("no-locator", "all", None, f"{kind} did not run")
+        for suspect in spoken:
+            if UNREAD in suspect.evidence:
+                message = f"{kind} could not read this setting: {suspect.evidence[UNREAD]}"
+                yield _finding("no-locator", suspect.setting, None, message)
+
+
+def _suspects(policy: Policy, report: Report) -> Iterator[Finding]:
+    named: dict[int, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for suspect in report.suspects:
+        if suspect.target_class is not None:
+            named[suspect.target_class][suspect.locator].append(suspect.setting)
+    for target_class in sorted(named.keys() - _purified(report)):
+        locators = named[target_class]
+        who = "; ".join(
+            f"{locator} on {', '.join(settings)}" for locator, settings in sorted(locators.items())
+        )
+        where = ", ".join(dict.fromkeys(setting for settings in locators.values() for setting in settings))
+        message = f"class {target_class} is suspected ({who}) and was not purified"
+        passed = False
+        if not locators.keys() & set(policy.locate.decisive):
+            passed = policy.locate.unconfirmed == "accept"
+            message += (
+                f"; no decisive locator names it, the policy says unconfirmed: {policy.locate.unconfirmed}"
+            )
+        yield _finding("suspect-not-purified", where, passed, message)

@@ -1,0 +1,154 @@
+"""What a schema cannot say: names that must agree, rules that must bind, plug-ins that must exist."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from pydantic import ValidationError
+
+from secure_export import registry
+from secure_export.errors import PolicyError
+from secure_export.policy.schema import Policy, Setting
+from secure_export.policy.yaml import Loc, Problem
+
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@=+-]{0,149}")
+BASES = {
+    "locators": "Locator",
+    "purifiers": "Purifier",
+    "compressors": "Compressor",
+    "formats": "Format",
+    "triggers": "Trigger",
+}
+
+
+def cross_check(policy: Policy) -> list[Problem]:
+    """Everything that is wrong between the parts of a policy whose parts are each well formed."""
+    problems = [*_names(policy), *_locate(policy)]
+    return problems or [*_patterns(policy), *_coverage(policy)]
+
+
+def _repeated(names: Iterable[str]) -> set[str]:
+    return {name for name, count in Counter(names).items() if count > 1}
+
+
+def _names(policy: Policy) -> Iterator[Problem]:
+    placed = list(policy.placed_settings())
+    # File systems that fold case would let one released file overwrite another.
+    repeated = _repeated(setting.name.casefold() for setting, _ in placed)
+    for setting, places in placed:
+        if setting.name.casefold() in repeated:
+            yield Problem((*places[()], "name"), f"setting {setting.name!r} is not unique")
+        if not FILE_NAME.fullmatch(setting.name):
+            yield Problem(places[()], f"setting {setting.name!r} cannot be a file name")
+    repeated = _repeated(trigger.name for trigger in policy.triggers)
+    for index, trigger in enumerate(policy.triggers):
+        if trigger.name in repeated:
+            yield Problem(("triggers", index), f"trigger {trigger.name!r} is not unique: give each a name")
+
+
+def _locate(policy: Policy) -> Iterator[Problem]:
+    kinds = [str(method["kind"]) for method in policy.locate.methods]
+    repeated = _repeated(kinds)
+    for index, kind in enumerate(kinds):
+        if kind in repeated:
+            yield Problem(("locate", "methods", index), f"locator {kind!r} is named twice")
+    for index, kind in enumerate(policy.locate.decisive):
+        if kind not in kinds:
+            known = ", ".join(kinds)
+            yield Problem(("locate", "decisive", index), f"{kind!r} is none of the methods ({known})")
+
+
+def _patterns(policy: Policy) -> Iterator[Problem]:
+    settings = [setting.name for setting in policy.expanded_settings()]
+    triggers = [trigger.name for trigger in policy.triggers]
+    wanted: list[tuple[Loc, str]] = [(("release", i), glob) for i, glob in enumerate(policy.release)]
+    for index, rule in enumerate(policy.rules):
+        if isinstance(rule.settings, tuple):
+            wanted += [(("rules", index, "settings", i), glob) for i, glob in enumerate(rule.settings)]
+        if isinstance(rule.triggers, tuple):
+            for i, name in enumerate(rule.triggers):
+                if name not in triggers:
+                    yield Problem(("rules", index, "triggers", i), f"no trigger is called {name!r}")
+    for loc, glob in wanted:
+        if not any(fnmatchcase(name, glob) for name in settings):
+            yield Problem(loc, f"{glob!r} matches no setting ({', '.join(settings)})")
+
+
+def _coverage(policy: Policy) -> Iterator[Problem]:
+    """DESIGN principle 5: ASR rules bind every setting, accuracy rules every released one."""
+    for setting, places in policy.placed_settings():
+        metrics = {rule.metric for rule in policy.rules if rule.binds(setting)}
+        if not metrics & {"asr", "lift"}:
+            yield Problem(places[()], f"no asr or lift rule binds setting {setting.name!r}")
+        if setting.released and not metrics & {"acc", "acc_drop"}:
+            yield Problem(
+                places[()], f"no acc or acc_drop rule binds setting {setting.name!r}, which is released"
+            )
+
+
+def check_plugins(policy: Policy) -> None:
+    """Build every plug-in that the policy names, which imports their libraries.
+
+    Raises:
+        PolicyError: an unknown kind or parameter, a value out of range, a step that cannot stand where it
+            stands, or a library that is not installed; every one of them, each with file, line and column.
+    """
+    problems: list[Problem] = []
+    for index, method in enumerate(policy.locate.methods):
+        _build("locators", method, ("locate", "methods", index), problems)
+    if policy.purify is not None:
+        _build("purifiers", policy.purify, ("purify",), problems)
+    for index, trigger in enumerate(policy.triggers):
+        _build("triggers", trigger.plugin, ("triggers", index), problems)
+    for setting, places in policy.placed_settings():
+        _build("formats", setting.format, (*places[()], "format"), problems)
+        _check_steps(setting, places, problems)
+    if problems:
+        raise policy.source.error(problems)
+
+
+def _check_steps(setting: Setting, places: Mapping[Loc, Loc], problems: list[Problem]) -> None:
+    family = importlib.import_module("secure_export.compressors")
+    on_file = False
+    for index, step in enumerate(setting.steps):
+        loc: Loc = (*places[()], "steps", index)
+        plugin = _build("compressors", step, loc, problems, places)
+        if on_file and isinstance(plugin, family.ModuleStep):
+            problems.append(
+                Problem(loc, f"{plugin.kind} works on the module: put it before the steps on the file")
+            )
+        on_file = on_file or isinstance(plugin, family.FileStep)
+
+
+def _build(
+    family: str,
+    spec: Mapping[str, Any],
+    loc: Loc,
+    problems: list[Problem],
+    places: Mapping[Loc, Loc] | None = None,
+) -> registry.Plugin | None:
+    """The plug-in, or None and its problems; `places` says where a swept parameter's choice stands."""
+    try:
+        base = getattr(importlib.import_module(f"secure_export.{family}"), BASES[family])
+        plugin: registry.Plugin = registry.build(base, family, spec)
+    except PolicyError as error:
+        if isinstance(error.__cause__, ValidationError):
+            for detail in error.__cause__.errors():
+                inner = (*loc, *detail["loc"])
+                given = f", got {detail['input']!r}" if detail["type"] != "extra_forbidden" else ""
+                problems.append(Problem((places or {}).get(inner, inner), f"{detail['msg']}{given}"))
+        else:
+            hint = f" ({error.hint})" if error.hint else ""
+            problems.append(
+                Problem((places or {}).get((*loc, "kind"), (*loc, "kind")), f"{error.message}{hint}")
+            )
+        return None
+    except ImportError as error:
+        problems.append(Problem((*loc, "kind"), f"{spec['kind']} needs a library that is not there: {error}"))
+        return None
+    return plugin

@@ -1,0 +1,211 @@
+"""judge(policy, report) to a Verdict, and the only way from a verdict to a release.
+
+A rule holds when the exact one-sided bound at the policy's confidence is within the limit, is broken when the
+estimate itself is not, and is undecided in between. Where a rule looks at m classes, each bound is taken at
+level 1 - alpha/m (Bonferroni), so that all m hold together with the stated confidence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from secure_export import statistics
+from secure_export.errors import NoVerdict, Refused
+from secure_export.policy.builtin import builtin_findings, measured, suspected
+from secure_export.policy.schema import PER_TRIGGER, Policy, Rule, Setting
+from secure_export.records import Count, Finding, Measurement, Outcome, Paired, Report, Verdict
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One number that a rule looks at, and what it says; the worst reading speaks for the rule."""
+
+    where: str
+    value: Count | Paired | float | None
+    n: int
+    observed: float | None = None
+    bound: float | None = None
+    passed: bool | None = None
+    needed: int | None = None
+    why: str = ""
+
+
+def judge(policy: Policy, report: Report) -> Verdict:
+    """Every rule of `policy` on every setting that it binds, and what no policy can turn off.
+
+    Only the purified lane is ruled. One finding per rule and setting: the worst trigger and class. Nothing is
+    measured here, so a stored report can be judged under another policy.
+    """
+    findings = list(builtin_findings(policy, report))
+    for setting in policy.expanded_settings():
+        measurement = measured(report, setting)
+        for index, rule in enumerate(policy.rules):
+            if measurement is not None and rule.binds(setting):
+                line = policy.source.line(("rules", index))
+                findings.append(_rule(rule, setting, measurement, policy, report, line))
+    return Verdict(outcome(findings), tuple(findings))
+
+
+def outcome(findings: Sequence[Finding]) -> Outcome:
+    """Released only when there are findings and every one of them has passed."""
+    if any(finding.passed is False for finding in findings):
+        return "refused"
+    return "released" if findings and all(finding.passed for finding in findings) else "no_verdict"
+
+
+def _rule(
+    rule: Rule, setting: Setting, measurement: Measurement, policy: Policy, report: Report, line: int | None
+) -> Finding:
+    alpha = 1 - policy.confidence
+    if rule.metric in PER_TRIGGER:
+        alpha /= max(1, len(_classes(rule, report)))
+    decided = [_decide(reading, rule, alpha) for reading in _readings(rule, measurement, policy, report)]
+    worst = max(
+        decided, key=lambda reading: _severity(reading, rule), default=Reading("", None, 0, why="no class")
+    )
+    return Finding(
+        rule=rule.metric,
+        setting=setting.name,
+        observed=worst.observed,
+        bound=worst.bound,
+        limit=rule.limit,
+        n=worst.n,
+        passed=worst.passed,
+        message=_message(worst, rule),
+        needed=worst.needed,
+        line=line,
+    )
+
+
+def _classes(rule: Rule, report: Report) -> Sequence[int]:
+    suspects = suspected(report) if rule.classes == "suspects" else ()
+    return suspects or range(report.subject.classes)
+
+
+def _readings(rule: Rule, measurement: Measurement, policy: Policy, report: Report) -> Iterator[Reading]:
+    n = measurement.acc.total
+    if rule.metric == "logit_difference":
+        yield Reading("", measurement.logit_difference, n)
+    elif rule.metric not in PER_TRIGGER:
+        value: Count | Paired = getattr(measurement, rule.metric)
+        yield Reading("", value, value.total)
+    else:
+        for trigger in policy.triggers:
+            if rule.triggers != "all" and trigger.name not in rule.triggers:
+                continue
+            found = [counts for counts in measurement.triggers if counts.trigger == trigger.name]
+            per_class = getattr(found[0], rule.metric) if len(found) == 1 else ()
+            for c in _classes(rule, report):
+                known = 0 <= c < len(per_class) == report.subject.classes
+                count = per_class[c] if known else None
+                yield Reading(f"trigger {trigger.name}, class {c}", count, count.total if count else 0)
+
+
+def _decide(reading: Reading, rule: Rule, alpha: float) -> Reading:
+    value, limit, at_most = reading.value, rule.limit, rule.at_least is None
+    if isinstance(value, float | int):
+        return replace(reading, observed=value, passed=value <= limit)
+    if value is None or not _possible(value):
+        return replace(reading, why="not measured" if value is None else "the counts are impossible")
+
+    def bound(n: int) -> float:
+        scale = n / value.total if value.total else 0.0
+        if isinstance(value, Paired):
+            return statistics.paired_upper(value.gained * scale, value.lost * scale, n, alpha)
+        hits = value.hits * scale if value.total else float(0 if at_most else n)
+        return statistics.upper(hits, n, alpha) if at_most else statistics.lower(hits, n, alpha)
+
+    def holds(n: int) -> bool:
+        return bound(n) <= limit if at_most else bound(n) >= limit
+
+    if value.total == 0:
+        return replace(reading, needed=statistics.needed(holds, 0), why="no samples")
+    observed = value.difference if isinstance(value, Paired) else value.rate
+    violated = observed > limit if at_most else observed < limit
+    if violated or holds(value.total):
+        return replace(reading, observed=observed, bound=bound(value.total), passed=not violated)
+    return replace(
+        reading,
+        observed=observed,
+        bound=bound(value.total),
+        needed=statistics.needed(holds, value.total),
+        why="too few samples",
+    )
+
+
+def _possible(value: Count | Paired) -> bool:
+    parts = (value.hits,) if isinstance(value, Count) else (value.gained, value.lost)
+    return min(parts) >= 0 and sum(parts) <= value.total
+
+
+def _severity(reading: Reading, rule: Rule) -> tuple[int, float]:
+    """Broken before undecided before kept; then by distance to the limit, or by the samples still needed."""
+    sign = 1 if rule.at_least is None else -1
+    if reading.passed is None:
+        return 1, float("inf") if reading.needed is None else reading.needed
+    seen = reading.bound if reading.passed and reading.bound is not None else reading.observed
+    return (0 if reading.passed else 2), sign * ((seen or 0.0) - rule.limit)
+
+
+def _message(reading: Reading, rule: Rule) -> str:
+    value, where = reading.value, f" ({reading.where})" if reading.where else ""
+    if reading.observed is None:
+        enough = f", needs at least {reading.needed}" if reading.needed else ""
+        return f"{rule.metric}{where}: {reading.why}{enough}"
+    if isinstance(value, Count):
+        counts = f" = {value.hits} of {value.total}"
+    elif isinstance(value, Paired):
+        counts = f" = ({value.gained} - {value.lost}) of {value.total}"
+    else:
+        counts = ""
+    limit = f"{'at most' if rule.at_least is None else 'at least'} {rule.limit:g}"
+    text = f"{rule.metric} {reading.observed:.4g}{counts}{where}"
+    if reading.bound is not None:
+        text += f", exact bound {reading.bound:.4g}"
+    if reading.passed is not None:
+        return f"{text}: {'holds' if reading.passed else 'breaks'} {limit}"
+    enough = f"needs {reading.needed}" if reading.needed else "no number of samples at this rate would do"
+    return f"{text}: {reading.why} to show {limit}, {enough}"
+
+
+@dataclass(frozen=True)
+class Approved:
+    """A verdict that allows a release; cannot be made from any other, whatever its `outcome` says.
+
+    Raises:
+        Refused: a finding has failed. NoVerdict: a finding is undecided, or there are none.
+    """
+
+    verdict: Verdict
+
+    def __post_init__(self) -> None:
+        findings = self.verdict.findings
+        failed = [finding for finding in findings if finding.passed is False]
+        if failed:
+            raise Refused("\n".join(_line(finding) for finding in failed), hint="nothing was released")
+        undecided = [finding for finding in findings if finding.passed is None]
+        if undecided or not findings or self.verdict.outcome != "released":
+            lines = [_line(finding) for finding in undecided] or [
+                "the verdict holds no findings that allow a release"
+            ]
+            raise NoVerdict("\n".join(lines), hint="nothing was released")
+
+    @property
+    def settings(self) -> frozenset[str]:
+        """Settings that something was found about."""
+        return frozenset(finding.setting for finding in self.verdict.findings)
+
+
+def approve(verdict: Verdict) -> Approved:
+    """The verdict as a permission to release.
+
+    Raises:
+        Refused: a finding has failed; the message lists every one. NoVerdict: something is undecided; the
+            message lists it, with the samples needed.
+    """
+    return Approved(verdict)
+
+
+def _line(finding: Finding) -> str:
+    return f"{finding.setting}: {finding.rule}: {finding.message}"

@@ -1,0 +1,286 @@
+"""The policy file as frozen values: what is made, what ships, and which rules bind it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from secure_export.policy.yaml import Loc, Source
+
+Name = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@=+-]*$", max_length=100, description="letters, digits, ._@=+-"),
+]
+"""Names become file names: nothing that a path could be made of, and never hidden."""
+
+AT_MOST = ("acc_drop", "asr", "lift", "logit_difference", "top_share")
+PER_TRIGGER = ("asr", "lift", "ra")
+PAIRED = ("acc_drop", "lift")
+
+
+def _spec(value: Any) -> Any:
+    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
+        raise ValueError("expected a mapping with `kind: name`")
+    return value
+
+
+def _sweeps(value: dict[str, Any]) -> dict[str, Any]:
+    for key, swept in value.items():
+        if isinstance(swept, dict) and "sweep" in swept:
+            choices = swept["sweep"]
+            if set(swept) != {"sweep"} or not isinstance(choices, list) or not choices:
+                raise ValueError(f"{key}: a sweep is {{sweep: [value, ...]}} with at least one value")
+            if any(isinstance(choice, list | dict) or choice is None for choice in choices):
+                raise ValueError(f"{key}: a sweep goes over numbers or words")
+    return value
+
+
+def _version(value: int) -> int:
+    if value != 1:
+        raise ValueError(f"this tool reads version 1, got {value}")
+    return value
+
+
+PluginSpec = Annotated[dict[str, Any], BeforeValidator(_spec)]
+"""`{kind: name, **parameters}`; check_plugins() looks at the parameters."""
+StepSpec = Annotated[PluginSpec, AfterValidator(_sweeps)]
+"""A PluginSpec in which a parameter may be `{sweep: [...]}`."""
+
+
+def _selection(words: tuple[str, ...]) -> BeforeValidator:
+    def check(value: Any) -> Any:
+        listed = isinstance(value, list) and value and all(isinstance(name, str) for name in value)
+        if value not in words and not listed:
+            raise ValueError(f"expected {' or '.join(words)} or a list of names, got {value!r}")
+        return tuple(value) if isinstance(value, list) else value
+
+    return BeforeValidator(check)
+
+
+class Section(BaseModel):
+    """Base of every part of the policy: unknown keys are refused, no value is converted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class SubjectSpec(Section):
+    """What is handed in; a flag of the command line overrides each of these."""
+
+    model: str | None = Field(None, description="checkpoint, relative to the working directory")
+    architecture: str | None = Field(
+        None, description="timm:NAME, torchvision:NAME or package.module:factory"
+    )
+    classes: int | None = Field(None, ge=2, description="number of classes; null = as the data says")
+    head: str | None = Field(None, description="qualified name of the head; null = found by tracing")
+    mean: tuple[float, ...] | None = Field(None, min_length=1, description="per channel, of inputs in [0, 1]")
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        None, min_length=1, description="per channel"
+    )
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> SubjectSpec:
+        if len(self.mean or ()) != len(self.std or ()):
+            raise ValueError("mean and std go together, one value per channel")
+        return self
+
+
+class DataSpec(Section):
+    """Clean labelled samples, and how they are split."""
+
+    path: str | None = Field(None, description="folder of class folders, file.npz or package.module:factory")
+    holdout_path: str | None = Field(None, description="where the holdout comes from; null = from path")
+    resize: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = Field(
+        None, description="[height, width]; null = all images have one size"
+    )
+    channels: Literal[1, 3] | None = Field(3, description="3 = RGB, 1 = grey, null = as the file is")
+    fit: int = Field(500, ge=1, description="samples for locators and purifiers")
+    calibration: int = Field(500, ge=1, description="samples for compression")
+    holdout: int | None = Field(None, ge=1, description="samples for measuring; null = all that is left")
+
+
+class Locate(Section):
+    """Which locators run, and whose word counts."""
+
+    methods: tuple[PluginSpec, ...] = Field(min_length=1, description="locators; each kind once")
+    decisive: tuple[str, ...] = Field(min_length=1, description="kinds whose suspects are purified")
+    unconfirmed: Literal["accept", "refuse"] = Field(
+        "refuse", description="a class that only the other locators name"
+    )
+
+
+class SettingSpec(Section):
+    """A named chain of compression steps, or a family of them when a step has a sweep."""
+
+    name: Name
+    steps: tuple[StepSpec, ...] = Field(description="in order; [] = full precision")
+    format: PluginSpec = Field({"kind": "onnx"}, description="the file that ships")
+
+
+class TriggerSpec(Section):
+    """A known trigger: `{name: patch, kind: badnets, **parameters}`; the name defaults to the kind."""
+
+    name: Name
+    plugin: PluginSpec = Field(description="{kind: name, **parameters}, for registry.build")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, value: Any) -> Any:
+        flat = dict(_spec(value))
+        return {"name": flat.pop("name", flat["kind"]), "plugin": flat}
+
+
+class Rule(Section):
+    """One limit on one metric."""
+
+    metric: Literal["acc", "acc_drop", "asr", "lift", "ra", "agreement", "logit_difference", "top_share"]
+    at_most: float | None = Field(
+        None, ge=0, description="for acc_drop, asr, lift, top_share, logit_difference"
+    )
+    at_least: float | None = Field(None, ge=0, description="for acc, ra, agreement")
+    settings: Annotated[str | tuple[str, ...], _selection(("all", "released"))] = Field(
+        "all", description="all, released, or a list of names and globs"
+    )
+    classes: Literal["all", "suspects"] = Field(
+        "all", description="target classes that asr, lift and ra look at"
+    )
+    triggers: Annotated[str | tuple[str, ...], _selection(("all",))] = Field(
+        "all", description="all, or a list of names"
+    )
+    reason: str = Field("", description="why this limit")
+
+    @field_validator("at_most", "at_least")
+    @classmethod
+    def _a_limit(cls, limit: float | None, info: ValidationInfo) -> float | None:
+        metric = info.data.get("metric")
+        if limit is None or metric is None:
+            return limit
+        if (metric in AT_MOST) != (info.field_name == "at_most"):
+            raise ValueError(f"{metric} takes {'at_most' if metric in AT_MOST else 'at_least'}")
+        if metric == "logit_difference":
+            return limit
+        if limit > 1:
+            raise ValueError(f"{limit:g} is no rate: between 0 and 1, did you mean {limit / 100:g}?")
+        if limit == (1 if metric in AT_MOST else 0):
+            raise ValueError(f"{limit:g} holds for every model: a rule that nothing can break is no rule")
+        if limit == (0 if metric in AT_MOST else 1) and metric not in PAIRED:
+            raise ValueError(
+                f"no number of samples can show {metric} of exactly {limit:g}: allow for a margin"
+            )
+        return limit
+
+    @model_validator(mode="after")
+    def _complete(self) -> Rule:
+        if self.at_most is None and self.at_least is None:
+            raise ValueError(f"{self.metric} needs {'at_most' if self.metric in AT_MOST else 'at_least'}")
+        if self.metric not in PER_TRIGGER and (self.classes, self.triggers) != ("all", "all"):
+            raise ValueError(f"{self.metric} has neither classes nor triggers")
+        return self
+
+    @property
+    def limit(self) -> float:
+        """The one limit that is given."""
+        return next(limit for limit in (self.at_most, self.at_least) if limit is not None)
+
+    def binds(self, setting: Setting) -> bool:
+        """Whether this rule looks at `setting`."""
+        if self.settings == "released":
+            return setting.released
+        return self.settings == "all" or any(fnmatchcase(setting.name, glob) for glob in self.settings)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One chain of steps with every sweep resolved; the report stores name and steps as they are here."""
+
+    name: str
+    steps: tuple[dict[str, Any], ...]
+    format: dict[str, Any]
+    released: bool
+
+
+class Policy(Section):
+    """A policy that can be used; made by load_policy() or parse_policy()."""
+
+    version: Annotated[int, AfterValidator(_version)] = Field(description="of this schema: 1")
+    seed: int = Field(0, ge=0)
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="one-sided, of every exact bound")
+    subject: SubjectSpec = SubjectSpec()
+    data: DataSpec = DataSpec()
+    locate: Locate
+    purify: PluginSpec | None = Field(description="null = purification off")
+    settings: tuple[SettingSpec, ...] = Field(min_length=1)
+    release: tuple[str, ...] = Field(min_length=1, description="names or globs of the settings that ship")
+    triggers: tuple[TriggerSpec, ...] = Field(min_length=1)
+    rules: tuple[Rule, ...] = Field(min_length=1)
+
+    _source: Source = PrivateAttr(default=Source("policy", ""))
+    _sha256: str = PrivateAttr(default="")
+
+    @property
+    def path(self) -> str:
+        """Where it was read, as the user wrote it."""
+        return self._source.name
+
+    @property
+    def text(self) -> str:
+        """The file as it was read, before flags and environment."""
+        return self._source.text
+
+    @property
+    def sha256(self) -> str:
+        """Of the file's bytes."""
+        return self._sha256
+
+    @property
+    def source(self) -> Source:
+        """Where each value stood."""
+        return self._source
+
+    def expanded_settings(self) -> tuple[Setting, ...]:
+        """Every setting, sweeps resolved, in the order of the file."""
+        return tuple(setting for setting, _ in self.placed_settings())
+
+    def placed_settings(self) -> Iterator[tuple[Setting, Mapping[Loc, Loc]]]:
+        """Every setting, and where it stands: () to its loc, a swept parameter's loc to its choice's."""
+        for index, spec in enumerate(self.settings):
+            swept = [
+                (j, key, value["sweep"])
+                for j, step in enumerate(spec.steps)
+                for key, value in step.items()
+                if isinstance(value, dict) and "sweep" in value
+            ]
+            for picks in itertools.product(*(range(len(choices)) for _, _, choices in swept)):
+                steps = [dict(step) for step in spec.steps]
+                places: dict[Loc, Loc] = {}
+                name = spec.name
+                for (j, key, choices), pick in zip(swept, picks, strict=True):
+                    steps[j][key] = choices[pick]
+                    name += f"@{_shown(choices[pick])}"
+                    places["settings", index, "steps", j, key] = (
+                        *("settings", index, "steps", j, key),
+                        *("sweep", pick),
+                    )
+                released = any(fnmatchcase(name, glob) for glob in self.release)
+                yield (
+                    Setting(name, tuple(steps), dict(spec.format), released),
+                    {(): ("settings", index), **places},
+                )
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
