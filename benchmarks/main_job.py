@@ -1,0 +1,124 @@
+"""The main job on CIFAR-10: `secure-export run` with one policy on models of the zoo, and what came of it as JSON.
+
+    python -m benchmarks.main_job --policy policies/strict.yaml clean badnets qcb
+
+Each model runs twice in one run directory: first with purification off (the gate must refuse a backdoored
+model and release a clean one), then with it on. The second call takes the original's measurements from the ledger.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.datasets import ARCHIVE, MEAN, STD
+from secure_export import digests
+from secure_export.report import load_report
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True)
+@click.option("--policy", default="policies/strict.yaml", type=click.Path(exists=True, path_type=Path))
+@click.option("--zoo", default="build/zoo", type=click.Path(exists=True, path_type=Path))
+@click.option("--data", envvar="SECURE_EXPORT_DATA", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--out", default="runs/main-job", type=click.Path(path_type=Path))
+def main(models: tuple[str, ...], policy: Path, zoo: Path, data: Path, out: Path) -> None:
+    """Run the main job on MODELS of the zoo; results go to benchmarks/results/main-job-MODEL.json."""
+    images = unpacked(data / ARCHIVE, out / "cifar10")
+    RESULTS.mkdir(exist_ok=True)
+    for name in models:
+        card = json.loads((zoo / f"{name}.json").read_text())
+        off = call(policy, zoo / f"{name}.safetensors", images, out / name, "--no-purify")
+        on = call(policy, zoo / f"{name}.safetensors", images, out / name)
+        result = {
+            "model": name,
+            "card": card,
+            "policy": str(policy),
+            "policy_sha256": digests.of_file(policy),
+            "purification_off": off,
+            "purification_on": on,
+        }
+        path = RESULTS / f"main-job-{name}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        click.echo(f"{name}: off exit {off['exit']}, on exit {on['exit']}: {path}")
+
+
+def unpacked(archive: Path, folder: Path) -> Path:
+    """The archive's ImageFolder tree, unpacked once."""
+    if not (folder / "test").is_dir():
+        partial = folder.with_suffix(".partial")
+        with tarfile.open(archive) as files:
+            files.extractall(partial, filter="data")
+        partial.rename(folder)
+    return folder
+
+
+def call(policy: Path, model: Path, images: Path, run_dir: Path, *flags: str) -> dict[str, Any]:
+    """One `secure-export run` as a user types it, and what its report says."""
+    arguments = ["run", "--policy", str(policy), "--model", str(model)]
+    arguments += ["--arch", "benchmarks.networks:resnet18_w16", "--data", str(images / "train")]
+    arguments += ["--holdout-data", str(images / "test"), "--out", str(run_dir)]
+    arguments += ["--mean", ",".join(map(str, MEAN)), "--std", ",".join(map(str, STD)), *flags]
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "secure_export", *arguments], check=False)
+    released = sorted((run_dir / "release").glob("*")) if (run_dir / "release").is_dir() else []
+    return {
+        "command": " ".join(["secure-export", *arguments]),
+        "exit": done.returncode,
+        "seconds": round(time.monotonic() - began, 1),
+        "released": {path.name: digests.of_file(path) for path in released},
+        "report": summary(run_dir / "report.json"),
+    }
+
+
+def summary(path: Path) -> dict[str, Any]:
+    """Counts per setting: what README quotes, small enough to be committed."""
+    report = load_report(path)
+    settings = {
+        setting.name: {
+            result.lane: {
+                "sha256": result.artifact.sha256 if result.artifact else None,
+                "acc": [result.measurement.acc.hits, result.measurement.acc.total],
+                "acc_drop": [result.measurement.acc_drop.gained, result.measurement.acc_drop.lost],
+                "triggers": {
+                    trigger.trigger: {
+                        "asr": [[count.hits, count.total] for count in trigger.asr],
+                        "lift": [[pair.gained, pair.lost] for pair in trigger.lift],
+                        "ra": [[count.hits, count.total] for count in trigger.ra],
+                    }
+                    for trigger in result.measurement.triggers
+                },
+            }
+            if result.measurement
+            else {"unmeasured": result.unmeasured.reason if result.unmeasured else "no file"}
+            for result in (setting.original, setting.purified)
+        }
+        for setting in report.settings
+    }
+    return {
+        "outcome": report.verdict.outcome,
+        "failed": [f"{f.rule} {f.setting}: {f.message}" for f in report.verdict.findings if not f.passed],
+        "suspects": [
+            {"locator": s.locator, "setting": s.setting, "class": s.target_class, "scores": s.scores}
+            for s in report.suspects
+        ],
+        "purified_classes": report.purification.target_classes if report.purification else [],
+        "purify_seconds": report.purification.seconds if report.purification else 0,
+        "settings": settings,
+        "splits": {name: [split.samples, split.sha256] for name, split in report.splits.items()},
+        "environment": dict(report.environment),
+        "timings": dict(report.timings),
+    }
+
+
+if __name__ == "__main__":
+    main()
