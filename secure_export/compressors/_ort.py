@@ -1,0 +1,108 @@
+"""What the ONNX Runtime quantizers share: preparing the file, counting what they changed, their errors."""
+
+from __future__ import annotations
+
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
+from onnxruntime.capi import onnxruntime_pybind11_state as ort
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from secure_export.errors import CompressError
+from secure_export.records import Change
+
+QUANTIZER_ERRORS = (
+    ort.Fail,
+    ort.InvalidArgument,
+    ort.InvalidGraph,
+    ort.InvalidProtobuf,
+    ort.NotImplemented,
+    ort.RuntimeException,
+    onnx.checker.ValidationError,
+    onnx.shape_inference.InferenceError,
+    DecodeError,
+    EncodeError,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
+
+
+def quantized(
+    kind: str, source: Path, target: Path, quantize: Callable[[Path, Path], None], detail: str = ""
+) -> Change:
+    """Prepare `source`, let `quantize(prepared, written)` do its work, and put the result at `target`.
+
+    The preparation folds BatchNorm into the convolutions, so the grid is that of the folded weights.
+
+    Raises:
+        CompressError: the file cannot be read or quantized.
+    """
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder, _quiet():
+        prepared, written = Path(folder, "prepared.onnx"), Path(folder, "quantized.onnx")
+        try:
+            before = integer_weights(onnx.load(source))[0]
+            quant_pre_process(source, prepared, skip_symbolic_shape=True)
+            _forget_weight_shapes(prepared)
+            quantize(prepared, written)
+            result = onnx.load(written)
+            content = result.SerializeToString(deterministic=True)
+        except QUANTIZER_ERRORS as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise CompressError(f"{kind}: cannot quantize {source.name}: {reason}") from error
+    after, total = integer_weights(result)
+    target.write_bytes(content)
+    return Change(kind, changed=after - before, total=total, unit="tensors", detail=detail)
+
+
+def _forget_weight_shapes(path: Path) -> None:
+    """Drop the shapes that the exporter noted beside the weights: the quantizer transposes some of them."""
+    proto = onnx.load(path)
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    kept = [value for value in proto.graph.value_info if value.name not in weights]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(kept)
+    onnx.save(proto, path)
+
+
+def integer_weights(proto: onnx.ModelProto) -> tuple[int, int]:
+    """(those stored as integers, all) of the constant weights of Conv, Gemm and MatMul nodes."""
+    constants = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
+    made_by = {output: node for node in proto.graph.node for output in node.output}
+    integer = total = 0
+    for node in proto.graph.node:
+        if node.op_type in ("ConvInteger", "MatMulInteger"):
+            integer, total = integer + 1, total + 1
+        elif node.op_type in ("Conv", "Gemm", "MatMul"):
+            name = node.input[1]
+            while (maker := made_by.get(name)) is not None and maker.op_type in (
+                "DequantizeLinear",
+                "QuantizeLinear",
+                "Transpose",
+                "Identity",
+                "Cast",
+            ):
+                name = maker.input[0]
+            total += name in constants
+            integer += constants.get(name) in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+    return integer, total
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The quantizers print, warn and log advice through the root logger; failures arrive as exceptions."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,140 @@
+"""ONNX through torch.onnx.export(dynamo=True), with bytes that depend on the model and nothing else.
+
+As exported, weights may go to a side file whose name is embedded, and every node carries stack traces with
+absolute paths: here weights are inline and all of that is cleared, so two builds give the same digest.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import onnx
+import onnxruntime
+import torch
+from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
+from onnxruntime.capi import onnxruntime_pybind11_state as ort
+from pydantic import Field
+
+from secure_export.errors import CompressError
+from secure_export.formats import Format
+from secure_export.formats._quiet import quiet
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+SESSION_ERRORS = (ort.Fail, ort.InvalidGraph, ort.InvalidArgument, ort.NotImplemented, ort.RuntimeException)
+LARGEST = 2**31 - 1
+"""Bytes that one protobuf message can hold; a larger model would need side files."""
+
+
+class Onnx(Format):
+    """One self-contained .onnx file: input "input" [N, ...] in [0, 1], output "logits" [N, classes]."""
+
+    suffix: ClassVar[str] = ".onnx"
+    runtime: ClassVar[str] = "onnxruntime"
+
+    tolerance: float = Field(
+        1e-3,
+        gt=0,
+        description="largest logit difference to eager, relative to the largest logit (at least 1)",
+    )
+
+    def write(self, model: nn.Module, example: Tensor, path: Path) -> None:
+        """Write `model` (eval mode) to `path` after checking that the bytes compute what the model computes.
+
+        Raises:
+            CompressError: it cannot be exported, is too large for one file, or the file disagrees with eager.
+        """
+        proto = strip(exported(model, example))
+        try:
+            onnx.checker.check_model(proto, full_check=True)
+            content = proto.SerializeToString(deterministic=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise CompressError(f"the exported ONNX graph is invalid: {first_line(error)}") from error
+        except (EncodeError, ValueError) as error:
+            raise CompressError(
+                f"the model does not fit in one ONNX file: {first_line(error)}",
+                hint=f"weights must stay below {LARGEST} bytes in all",
+            ) from error
+        check_agreement(model, content, example, self.tolerance)
+        path.write_bytes(content)
+
+
+def exported(model: nn.Module, example: Tensor) -> onnx.ModelProto:
+    """The model as ONNX with a free batch axis, weights inline.
+
+    Raises:
+        CompressError: torch cannot trace the model, or has no ONNX operator for a part of it.
+    """
+    # torch.export specialises on a batch of one, so trace with two.
+    traced = example[:1].repeat(2, *[1] * (example.ndim - 1))
+    with quiet(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                model,
+                (traced,),
+                dynamo=True,
+                external_data=False,
+                input_names=["input"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise CompressError(
+                f"cannot export to ONNX: {first_line(error.__cause__ or error)}",
+                hint="the model must be traceable by torch.export with a free batch axis",
+            ) from error
+    if program is None:
+        raise CompressError("cannot export to ONNX: torch.onnx.export returned nothing")
+    return program.model_proto
+
+
+def strip(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Clear, in place, whatever tells how the graph was made: paths, stack traces, scopes, versions, docs."""
+    _clear(proto)
+    proto.producer_version = ""
+    return proto
+
+
+def _clear(message: Any) -> None:
+    for field, value in message.ListFields():
+        if field.name in ("metadata_props", "doc_string"):
+            message.ClearField(field.name)
+        elif field.type == field.TYPE_MESSAGE and not isinstance(message, onnx.TensorProto):
+            for part in value if hasattr(value, "add") else (value,):  # repeated, or single
+                _clear(part)
+
+
+def check_agreement(model: nn.Module, content: bytes, example: Tensor, tolerance: float) -> None:
+    """Compare the file's logits with eager's, on the example and on another batch size.
+
+    Raises:
+        CompressError: not finite, or apart by more than `tolerance` times the largest logit (at least 1).
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    for inputs in (example, example.repeat(3, *[1] * (example.ndim - 1))[: len(example) + 1]):
+        with torch.no_grad():
+            expected = model(inputs).float()
+        try:
+            session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            (logits,) = session.run(None, {"input": inputs.numpy()})
+        except SESSION_ERRORS as error:
+            raise CompressError(f"ONNX Runtime cannot run the export: {first_line(error)}") from error
+        got = torch.from_numpy(logits)
+        if got.shape != expected.shape:
+            raise CompressError(f"the export gives logits {tuple(got.shape)}, eager {tuple(expected.shape)}")
+        difference = float((got - expected).abs().max())
+        limit = tolerance * max(1.0, float(expected.abs().max()))
+        # Written so that NaN fails. Within the limit the argmax can differ between near ties only.
+        if not difference <= limit:
+            raise CompressError(
+                f"the export disagrees with eager: logits differ by {difference:.3g}, limit {limit:.3g}"
+            )
+
+
+def first_line(error: BaseException) -> str:
+    """The reason without the traceback that libraries append."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
