@@ -175,8 +175,6 @@ class Rule(Section):
             return limit
         if limit > 1:
             raise ValueError(f"{limit:g} is no rate: between 0 and 1, did you mean {limit / 100:g}?")
-        if limit == (1 if metric in AT_MOST else 0):
-            raise ValueError(f"{limit:g} holds for every model: a rule that nothing can break is no rule")
         if limit == (0 if metric in AT_MOST else 1) and metric not in PAIRED:
             raise ValueError(
                 f"no number of samples can show {metric} of exactly {limit:g}: allow for a margin"
