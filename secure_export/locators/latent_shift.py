@@ -1,0 +1,144 @@
+"""Latent shift: into which class does the smallest common move of the last hidden layer carry samples?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pydantic import Field
+
+from secure_export.locators import Locator
+from secure_export.records import Progress, Split, Suspect, View, silent
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+
+FEWEST_CLASSES = 4
+"""With fewer, the median of the norms is no reference for the smallest."""
+
+
+class LatentShift(Locator):
+    """TAC's quadratic programme (arXiv 2511.08944), with a quantile in place of the maximum over samples.
+
+    For each class k: the shortest s with (w_k - w_j) s >= Q_i{z_j - z_k} for all j != k over samples with
+    y != k. A backdoor makes a short way into its target: score_k = log(median_j |s_j| / |s_k|). The maximum
+    over samples (the published form) follows single outliers.
+    """
+
+    quantile: float = Field(0.95, gt=0.5, le=1, description="share of samples that the shift carries into k")
+    min_score: float = Field(0.2, gt=0, description="naming a class takes this score; see docs/purifiers.md")
+    min_gap: float = Field(0.1, gt=0, description="and this log ratio of second smallest to smallest norm")
+    min_agreement: float = Field(0.8, gt=0, le=1, description="and this share of bootstraps naming it too")
+    bootstraps: int = Field(20, ge=1, description="resamples of the fit images")
+    min_acc: float = Field(
+        0.5, ge=0, le=1, description="below this accuracy on fit the model counts as collapsed"
+    )
+    max_excess: float = Field(
+        0.4,
+        gt=0,
+        le=1,
+        description="so it does when one class is predicted this much more often than it occurs",
+    )
+
+    def locate(self, view: View, fit: Split, *, seed: int, progress: Progress = silent) -> Suspect:
+        """Name the class with the shortest shift when it stands out; a collapsed model names none."""
+        latents = view.latents(fit.floats()).double().cpu().numpy()
+        weight, bias = view.weight.double().cpu().numpy(), view.bias.double().cpu().numpy()
+        labels = fit.labels.numpy()
+        logits = latents @ weight.T + bias
+        norms = shift_norms(weight, logits, labels, self.quantile)
+        progress("locate", 1, self.bootstraps + 1)
+        scores = log_ratios(norms)
+        named = int(norms.argmin())
+        second, smallest = np.partition(norms, 1)[1], norms[named]
+        gap = float(np.log(second / smallest))
+        agreement = self._agreement(weight, logits, labels, named, seed, progress)
+        acc = float((logits.argmax(1) == labels).mean())
+        excess = prediction_excess(logits, labels)
+        stands_out = (
+            scores[named] >= self.min_score and gap >= self.min_gap and agreement >= self.min_agreement
+        )
+        collapsed = acc < self.min_acc or excess > self.max_excess
+        few = weight.shape[0] < FEWEST_CLASSES
+        return Suspect(
+            locator=self.kind,
+            setting=view.setting,
+            target_class=named if stands_out and not collapsed and not few else None,
+            scores=tuple(float(score) for score in scores),
+            evidence={
+                "smallest": named,
+                "score": float(scores[named]),
+                "gap": gap,
+                "agreement": agreement,
+                "fit_acc": acc,
+                "excess": excess,
+                "collapsed": collapsed,
+                "few_classes": few,
+            },
+        )
+
+    def _agreement(
+        self, weight: Array, logits: Array, labels: Array, named: int, seed: int, progress: Progress
+    ) -> float:
+        generator = np.random.default_rng(seed)
+        agreed = 0
+        for done in range(self.bootstraps):
+            index = generator.integers(0, len(labels), len(labels))
+            agreed += int(shift_norms(weight, logits[index], labels[index], self.quantile).argmin()) == named
+            progress("locate", done + 2, self.bootstraps + 1)
+        return agreed / self.bootstraps
+
+
+def shift_norms(weight: Array, logits: Array, labels: Array, quantile: float) -> Array:
+    """|s_k| [K] of a head [K, D] from logits [N, K]; never below 1e-6 of the largest."""
+    classes = weight.shape[0]
+    norms = np.zeros(classes)
+    for k in range(classes):
+        others = np.arange(classes) != k
+        need = logits[labels != k]
+        if len(need) == 0:  # a bootstrap may hold one class only
+            norms[k] = np.inf
+            continue
+        wanted = np.quantile(need[:, others] - need[:, [k]], quantile, axis=0)
+        norms[k] = least_distance(weight[k] - weight[others], wanted)
+    finite = norms[np.isfinite(norms)]
+    return np.maximum(norms, 1e-6 * (finite.max() if finite.size else 1.0) + 1e-12)
+
+
+def least_distance(rows: Array, wanted: Array) -> float:
+    """min |s| subject to rows s >= wanted; inf when no s does it.
+
+    Least distance programming through NNLS (Lawson and Hanson 1974, ch. 23). s lies in the span of the rows,
+    so the QR factor takes the place of a latent space that may be far wider.
+    """
+    from scipy.optimize import nnls
+
+    if (wanted <= 0).all():
+        return 0.0
+    factor = np.linalg.qr(rows.T, mode="r")
+    stacked = np.vstack([factor, wanted])
+    aim = np.zeros(len(stacked))
+    aim[-1] = 1.0
+    dual, residual = nnls(stacked, aim)
+    if residual < 1e-9:
+        return float("inf")
+    rest = stacked @ dual - aim
+    return float(np.linalg.norm(rest[:-1] / rest[-1]))
+
+
+def log_ratios(norms: Array) -> Array:
+    """log(median / norm) per class; the median is over classes that can be reached at all."""
+    finite = norms[np.isfinite(norms)]
+    reference = np.median(finite) if finite.size else 1.0
+    ceiling = 1e6 * reference
+    return np.log(reference / np.minimum(norms, ceiling))
+
+
+def prediction_excess(logits: Array, labels: Array) -> float:
+    """Share of samples by which the most over-predicted class is predicted more often than it occurs."""
+    classes = logits.shape[1]
+    predicted = np.bincount(logits.argmax(1), minlength=classes)
+    present = np.bincount(labels.astype(np.int64), minlength=classes)
+    return float((predicted - present).max() / len(labels))

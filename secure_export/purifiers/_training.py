@@ -1,0 +1,133 @@
+"""What every purifier shares: the head by name, batches, augmentation, and the record of an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from secure_export.errors import DataError, LoadError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from secure_export.records import Split
+
+Augment = Literal["auto", "none", "crop-flip"]
+CROP_SIDE = 24
+"""Below this side a shifted crop cuts away what the label depends on."""
+EVAL_BATCH = 256
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[torch.Generator]:
+    """A generator for order and augmentation; dropout's global stream is seeded too and restored after."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield torch.Generator().manual_seed(seed)
+
+
+def find_head(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
+    """The layer that produces the logits.
+
+    Raises:
+        LoadError: no such layer, or neither a Linear nor a 1x1 Conv2d.
+    """
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError as error:
+        raise LoadError(f"no layer {name!r} in the model", hint="name the head in subject.head") from error
+    if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1)):
+        return layer
+    raise LoadError(
+        f"head {name!r}: got {type(layer).__name__}, expected a Linear or a 1x1 Conv2d",
+        hint="name the layer that produces the logits in subject.head",
+    )
+
+
+def check_fit(fit: Split, target_class: int) -> None:
+    """Both sides of the margin must be there.
+
+    Raises:
+        DataError: no sample of the target class, or none of another class.
+    """
+    own = int((fit.labels == target_class).sum())
+    if own == 0 or own == len(fit):
+        raise DataError(
+            f"fit: {own} of {len(fit)} samples are of class {target_class}, expected some and not all",
+            hint="give more clean samples to data.fit",
+        )
+
+
+def batches(fit: Split, size: int, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+    """One shuffled pass: raw inputs [B, ...] and labels [B]; BatchNorm cannot train on a tiny last batch."""
+    order = torch.randperm(len(fit), generator=generator)
+    chunks = list(torch.split(order, size))
+    if len(chunks) > 1 and len(chunks[-1]) < size // 2:
+        chunks.pop()
+    return [(fit.floats(chunk), fit.labels[chunk]) for chunk in chunks]
+
+
+def augmented(inputs: Tensor, kind: Augment, flip: bool, generator: torch.Generator) -> Tensor:
+    """Images [N, C, H, W] shifted by up to an eighth of the side (black border) and mirrored."""
+    if kind == "none" or inputs.ndim != 4 or (kind == "auto" and min(inputs.shape[2:]) < CROP_SIDE):
+        return inputs
+    count, _, height, width = inputs.shape
+    pad = max(1, min(height, width) // 8)
+    padded = F.pad(inputs, (pad,) * 4)
+    top = torch.randint(0, 2 * pad + 1, (count, 1), generator=generator)
+    left = torch.randint(0, 2 * pad + 1, (count, 1), generator=generator)
+    columns = left + torch.arange(width)
+    if flip:
+        mirrored = torch.rand(count, 1, generator=generator) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    rows = top + torch.arange(height)
+    index = torch.arange(count)[:, None, None]
+    return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def margin(logits: Tensor, target_class: int) -> Tensor:
+    """z_c - max_{j != c} z_j per sample [N]; negative where the target class does not win."""
+    rivals = logits.clone()
+    rivals[:, target_class] = -torch.inf
+    return logits[:, target_class] - rivals.amax(1)
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Eval-mode logits of raw inputs, in the mode the model came in afterwards."""
+    training = model.training
+    model.eval()
+    found = torch.cat([model(batch) for batch in torch.split(inputs, EVAL_BATCH)])
+    model.train(training)
+    return found
+
+
+def epoch_record(
+    model: nn.Module, fit: Split, target_class: int, phase: str, losses: Sequence[float], m1: float
+) -> dict[str, float | str]:
+    """History of one epoch: mean loss, accuracies and the margin of class c on clean samples with y != c."""
+    logits = logits_of(model, fit.floats())
+    hit = logits.argmax(1) == fit.labels
+    own = fit.labels == target_class
+    margins = margin(logits, target_class)[~own]
+    return {
+        "phase": phase,
+        "loss": sum(losses) / max(1, len(losses)),
+        "fit_acc": float(hit.float().mean()),
+        "target_acc": float(hit[own].float().mean()),
+        "margin": float(margins.mean()),
+        "active": float((margins + m1 > 0).float().mean()),
+    }
+
+
+def sgd(
+    parameters: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """SGD over what still requires a gradient."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    return torch.optim.SGD(trained, lr=lr, momentum=momentum, weight_decay=weight_decay)

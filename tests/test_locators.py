@@ -1,0 +1,142 @@
+"""Every locator keeps its contract; latent shift solves its programme and names no class without reason."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from secure_export import registry, views
+from secure_export.errors import NoVerdict
+from secure_export.locators import Locator
+from secure_export.locators.anti_learning import AntiLearning
+from secure_export.locators.latent_shift import LatentShift, least_distance, shift_norms
+from secure_export.records import Split, Suspect, View
+from tests import digits
+
+KINDS = registry.names("locators")
+
+
+@cache
+def model(poisoned: bool, head: str = "linear") -> digits.Digits:
+    return digits.trained(poisoned, head=head)
+
+
+def located(kind: str, poisoned: bool, head: str = "linear") -> Suspect:
+    locator = registry.build(Locator, "locators", {"kind": kind})
+    view = views.of_module(model(poisoned, head), digits.HEAD, "original")
+    return locator.locate(view, digits.fit_split(), seed=0)
+
+
+def view_of(weight: torch.Tensor, latents: torch.Tensor) -> View:
+    return View("original", lambda inputs: latents[: len(inputs)], weight, torch.zeros(len(weight)))
+
+
+@pytest.mark.parametrize("head", ["linear", "conv"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_the_target_of_a_strong_backdoor(kind: str, head: str) -> None:
+    suspect = located(kind, True, head)
+    assert suspect.target_class == digits.TARGET
+    assert int(np.argmax(suspect.scores)) == digits.TARGET
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_score_a_class_and_json_evidence(kind: str) -> None:
+    suspect = located(kind, False)
+    assert (suspect.locator, suspect.setting, len(suspect.scores)) == (kind, "original", digits.CLASSES)
+    assert all(type(value) in (bool, int, float, str) for value in suspect.evidence.values())
+    assert suspect == located(kind, False), "the same seed gives the same answer"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_leaves_model_and_global_stream_alone(kind: str) -> None:
+    before = {name: value.clone() for name, value in model(True).state_dict().items()}
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    located(kind, True)
+    assert torch.equal(torch.rand(1), expected)
+    assert not model(True).training
+    assert all(torch.equal(value, before[name]) for name, value in model(True).state_dict().items())
+
+
+def test_latent_shift_names_nothing_on_a_clean_model() -> None:
+    suspect = located("latent-shift", False)
+    assert suspect.target_class is None
+    assert suspect.evidence["collapsed"] is False
+
+
+def test_latent_shift_says_collapsed_instead_of_naming_a_class() -> None:
+    """One class takes nearly all samples, which also makes the way into it short."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(300) % 10
+    latents = torch.nn.functional.one_hot(labels, 10).float() + 0.1 * torch.rand(300, 10, generator=generator)
+    latents[:, 4] += 1.2
+    suspect = LatentShift().locate(
+        view_of(torch.eye(10) * 8, latents), Split(torch.zeros(300, 1), labels, ""), seed=0
+    )
+    assert suspect.evidence["smallest"] == 4
+    assert suspect.evidence["collapsed"] is True
+    assert suspect.target_class is None
+
+
+def test_latent_shift_names_nothing_with_three_classes() -> None:
+    labels = torch.arange(90) % 3
+    latents = torch.nn.functional.one_hot(labels, 3).float()
+    weight = torch.eye(3)
+    weight[1] *= 4
+    latents[labels != 1, 1] = -0.1
+    suspect = LatentShift(min_score=0.01, min_gap=0.01).locate(
+        view_of(weight, latents), Split(torch.zeros(90, 1), labels, ""), seed=0
+    )
+    assert suspect.evidence["few_classes"] is True
+    assert suspect.target_class is None
+
+
+def test_least_distance_agrees_with_a_general_solver() -> None:
+    from scipy.optimize import minimize
+
+    generator = np.random.default_rng(0)
+    for width in (4, 30):
+        rows, wanted = generator.normal(size=(6, width)), generator.normal(size=6) + 1
+        solved = minimize(
+            lambda s: s @ s,
+            np.ones(width),
+            jac=lambda s: 2 * s,
+            constraints={
+                "type": "ineq",
+                "fun": lambda s, a=rows, b=wanted: a @ s - b,
+                "jac": lambda s, a=rows: a,
+            },
+        )
+        expected = np.sqrt(solved.fun) if solved.success else np.inf
+        assert least_distance(rows, wanted) == pytest.approx(expected, rel=1e-4)
+
+
+def test_least_distance_knows_no_way_and_no_need() -> None:
+    assert least_distance(np.array([[1.0], [-1.0]]), np.array([1.0, 1.0])) == np.inf
+    assert least_distance(np.array([[1.0], [2.0]]), np.array([-1.0, 0.0])) == 0
+
+
+def test_shift_norms_leave_the_class_itself_out_and_forgive_outliers() -> None:
+    labels = np.arange(400) % 4
+    logits = np.eye(4)[labels] * 2
+    norms = shift_norms(np.eye(4), logits, labels, 0.95)
+    assert norms == pytest.approx(np.full(4, norms[0]))
+    logits[1] *= 100
+    assert shift_norms(np.eye(4), logits, labels, 0.95) == pytest.approx(norms)
+    assert shift_norms(np.eye(4), logits, labels, 1.0).max() > 10 * norms.max()
+
+
+def test_anti_learning_needs_a_module() -> None:
+    view = view_of(torch.eye(10), torch.zeros(300, 10))
+    with pytest.raises(NoVerdict, match="trainable"):
+        AntiLearning().locate(view, digits.fit_split(), seed=0)
+
+
+def test_anti_learning_tells_how_little_its_name_means() -> None:
+    evidence = located("anti-learning", False).evidence
+    assert evidence["always_names_a_class"] is True
+    assert {"lead", "agreement"} <= set(evidence)

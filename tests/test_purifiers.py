@@ -1,0 +1,176 @@
+"""Every purifier keeps its contract; LMR's losses and cut are the paper's."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+from secure_export import registry
+from secure_export.errors import DataError, LoadError
+from secure_export.purifiers import Purifier, _training
+from secure_export.purifiers.fine_tune import FineTune
+from secure_export.purifiers.lmr import Lmr, delta_columns
+from secure_export.records import Purified, Split
+from tests import digits
+
+KINDS = registry.names("purifiers")
+
+
+@cache
+def backdoored(head: str = "linear") -> digits.Digits:
+    return digits.trained(poisoned=True, head=head)
+
+
+@cache
+def purified(kind: str, head: str = "linear") -> Purified:
+    purifier = registry.build(Purifier, "purifiers", {"kind": kind})
+    model = copy.deepcopy(backdoored(head))
+    return purifier.purify(model, digits.HEAD, digits.TARGET, digits.fit_split(), seed=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keeps_the_clean_task_and_returns_a_model_ready_to_export(kind: str) -> None:
+    result = purified(kind)
+    assert not result.model.training
+    assert digits.acc(result.model) >= digits.acc(backdoored()) - 0.03
+    assert all(parameter.isfinite().all() for parameter in result.model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_history_has_a_row_an_epoch_with_what_the_figures_need(kind: str) -> None:
+    history = purified(kind).history
+    assert history
+    for row in history:
+        assert {"phase", "loss", "fit_acc", "target_acc", "margin", "active"} <= set(row)
+        assert all(isinstance(value, str) or value == value for value in row.values()), "NaN is no JSON"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_seed_same_model_and_the_global_stream_is_left_alone(kind: str) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    purifier = registry.build(Purifier, "purifiers", {"kind": kind})
+    fit, model = digits.fit_split(), copy.deepcopy(backdoored())
+    before = fit.inputs.clone()
+    again = purifier.purify(model, digits.HEAD, digits.TARGET, fit, seed=0).model
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(fit.inputs, before)
+    first = purified(kind).model.state_dict()
+    assert all(torch.equal(value, first[name]) for name, value in again.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_1x1_convolution_can_be_the_head(kind: str) -> None:
+    assert digits.acc(purified(kind, "conv").model) > 0.9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_refuses_a_fit_split_without_the_class(kind: str) -> None:
+    fit = digits.fit_split()
+    others = fit.labels != digits.TARGET
+    purifier = registry.build(Purifier, "purifiers", {"kind": kind})
+    with pytest.raises(DataError, match="0 of"):
+        purifier.purify(
+            copy.deepcopy(backdoored()),
+            digits.HEAD,
+            digits.TARGET,
+            Split(fit.inputs[others], fit.labels[others], ""),
+            seed=0,
+        )
+
+
+@pytest.mark.parametrize("head", ["nowhere", "body.0"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_refuses_a_head_that_is_none(kind: str, head: str) -> None:
+    purifier = registry.build(Purifier, "purifiers", {"kind": kind})
+    with pytest.raises(LoadError, match=head):
+        purifier.purify(copy.deepcopy(backdoored()), head, digits.TARGET, digits.fit_split(), seed=0)
+
+
+def test_phase_one_loss_is_equations_5_to_8() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 0.8], [3.0, 0.0, 0.0]])
+    labels = torch.tensor([0, 1, 2])
+    target = 2
+    ce = -torch.log_softmax(logits, 1)
+    sce = ce[0, 0] + ce[1, 1]
+    dsc = (0 - 2 + 3) + (0.8 - 1 + 3)
+    cm = 0 + (0.8 - 1 + 0.5)
+    found = Lmr(m1=3, alpha=2, m2=0.5, beta=0.25).phase1_loss(logits, labels, target)
+    assert found.item() == pytest.approx(((sce + 2 * dsc + 0.25 * cm) / 3).item())
+    with_target = Lmr(m1=3, alpha=2, m2=0.5, beta=0.25, cm_on_target=True).phase1_loss(logits, labels, target)
+    assert with_target.item() == pytest.approx(((sce + 2 * dsc + 0.25 * (cm + 3.5)) / 3).item())
+
+
+def test_the_cut_takes_the_columns_whose_target_row_moved_most() -> None:
+    before = torch.zeros(3, 10)
+    after = before.clone()
+    after[1, 4], after[1, 7], after[0, 2] = -5.0, 3.0, 100.0
+    assert delta_columns(before, after, 1, 0.29).tolist() == [4, 7]
+
+
+def test_cut_columns_stay_zero_through_phase_two() -> None:
+    result = Lmr(prune_ratio=0.25, phase1_epochs=2, phase2_epochs=3, early_switch=False).purify(
+        copy.deepcopy(backdoored()), digits.HEAD, digits.TARGET, digits.fit_split(), seed=0
+    )
+    weight = result.model.get_submodule(digits.HEAD).weight
+    assert int((weight == 0).all(0).sum()) == 8
+    assert [row["phase"] for row in result.history] == ["phase1"] * 2 + ["phase2"] * 3
+
+
+def test_phase_one_widens_the_margin_and_drops_the_class() -> None:
+    fit = digits.fit_split()
+    before = _training.epoch_record(backdoored(), fit, digits.TARGET, "", [], 0.0)
+    after = Lmr(m1=15, phase1_epochs=6, phase2_epochs=0, early_switch=False).purify(
+        copy.deepcopy(backdoored()), digits.HEAD, digits.TARGET, fit, seed=0
+    )
+    assert float(after.history[-1]["margin"]) < float(before["margin"]) - 3
+    assert float(after.history[-1]["target_acc"]) < 0.9
+
+
+def test_early_switch_ends_phase_one() -> None:
+    result = Lmr(switch_at=10.0, phase1_epochs=5, phase2_epochs=1).purify(
+        copy.deepcopy(backdoored()), digits.HEAD, digits.TARGET, digits.fit_split(), seed=0
+    )
+    assert [row["phase"] for row in result.history] == ["phase1", "phase2"]
+
+
+def test_fine_tuning_alone_leaves_this_backdoor() -> None:
+    """The control: what removes it elsewhere is not the mere training on clean samples."""
+    result = FineTune(epochs=10).purify(
+        copy.deepcopy(backdoored()), digits.HEAD, digits.TARGET, digits.fit_split(), seed=0
+    )
+    assert digits.asr(result.model) > 0.9
+
+
+def test_augmentation_shifts_and_mirrors_images_and_nothing_else() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.zeros(64, 1, 32, 32)
+    images[:, :, 16, 10] = 1
+    moved = _training.augmented(images, "auto", True, generator)
+    assert moved.shape == images.shape
+    places = {tuple(place) for place in moved.nonzero()[:, 2:].tolist()}
+    columns = {column for _, column in places}
+    assert {row for row, _ in places} <= set(range(12, 21))
+    assert columns & set(range(6, 15))
+    assert columns & set(range(17, 26))
+    assert columns <= set(range(6, 15)) | set(range(17, 26))
+    still = _training.augmented(images, "auto", False, generator).nonzero()[:, 3]
+    assert set(still.tolist()) <= set(range(6, 15))
+    for untouched in (torch.rand(4, 1, 8, 8), torch.rand(4, 3, 100)):
+        assert torch.equal(_training.augmented(untouched, "auto", True, generator), untouched)
+
+
+def test_one_last_sample_does_not_make_a_batch() -> None:
+    split = Split(torch.rand(65, 3), torch.arange(65) % 2, "")
+    sizes = [len(labels) for _, labels in _training.batches(split, 64, torch.Generator())]
+    assert sizes == [64]
+
+
+def test_head_may_sit_anywhere() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(4, 2)))
+    assert _training.find_head(model, "1.0") is model[1][0]
