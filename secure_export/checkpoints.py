@@ -1,0 +1,249 @@
+"""A stranger's checkpoint bytes to a state dict: weights only, nothing in the file can run.
+
+`torch.load` is called with `weights_only=True`, and `torch.export.load` never: it unpickles an archive's
+sample inputs, pickled weights and constants without restriction.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import pickletools
+import re
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secure_export.errors import LoadError
+from secure_export.factories import described
+
+State = dict[str, Tensor]
+
+NESTED = ("state_dict", "model_state_dict", "model", "net")
+"""Keys under which training scripts keep the weights."""
+PREFIXES = ("module.", "_orig_mod.")
+"""What DataParallel and torch.compile put before every name."""
+UNREADABLE = (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, zlib.error)
+WEIGHTS_ALONE = "save the weights alone: safetensors, or torch.save(model.state_dict(), ...)"
+
+# The numbers of torch.export's schema (ScalarType); quantized and complex weights are no plain weights.
+DTYPES = {
+    1: torch.uint8,
+    2: torch.int8,
+    3: torch.int16,
+    4: torch.int32,
+    5: torch.int64,
+    6: torch.float16,
+    7: torch.float32,
+    8: torch.float64,
+    12: torch.bool,
+    13: torch.bfloat16,
+}
+
+
+def parse(content: bytes, name: str) -> State:
+    """Named weights of a safetensors file, a state dict or a `.pt2` program, told apart by content.
+
+    `name` is the file's name, for messages. Tensors may share memory with `content` and with each other.
+
+    Raises:
+        LoadError: unreadable, not plain weights, or a file that would run code; the message names what.
+    """
+    if content.startswith(b"PK"):
+        archive = _archive(content, name)
+        if "constants.pkl" in archive.members:
+            raise LoadError(f"{name} is a TorchScript archive, which is code", hint=WEIGHTS_ALONE)
+        if "archive_format" in archive.members:
+            return _bounded(_exported(archive, name), len(content), name)
+        return _bounded(_plain(_unpickled(content, name), name), len(content), name)
+    if content[8:9] == b"{" or name.endswith(".safetensors"):
+        return _bounded(_safetensors(content, name), len(content), name)
+    return _bounded(_plain(_unpickled(content, name), name), len(content), name)
+
+
+def _safetensors(content: bytes, name: str) -> State:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return dict(load(content))
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise LoadError(
+            f"{name} is no readable safetensors file ({described(error)})", hint="truncated? copy it again"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A zip whose members together are no larger than the file, by name below its root folder."""
+
+    file: zipfile.ZipFile
+    members: Mapping[str, zipfile.ZipInfo]
+    name: str
+
+    def read(self, member: str) -> bytes:
+        """Bytes of a member, their checksum compared.
+
+        Raises:
+            LoadError: no such member, or damaged.
+        """
+        try:
+            return self.file.read(self.members[member])
+        except (KeyError, *UNREADABLE) as error:
+            raise LoadError(f"{self.name}: {member} cannot be read ({described(error)})") from error
+
+
+def _archive(content: bytes, name: str) -> Archive:
+    try:
+        file = zipfile.ZipFile(io.BytesIO(content))
+    except UNREADABLE as error:
+        raise LoadError(f"{name} is no readable archive ({described(error)})", hint="truncated?") from error
+    infos = [info for info in file.infolist() if not info.is_dir()]
+    unpacked = sum(info.file_size for info in infos)
+    # torch stores without compression: larger declared sizes are a bomb, or members that overlap.
+    if unpacked > len(content):
+        raise LoadError(f"{name} unpacks to {unpacked} bytes, more than the file's {len(content)}")
+    members = {info.filename.partition("/")[2] or info.filename: info for info in infos}
+    if len(members) != len(infos):
+        raise LoadError(f"{name} holds two members of one name")
+    return Archive(file, members, name)
+
+
+def _unpickled(content: bytes, name: str) -> Any:
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:
+        # Broad, because crafted bytes make the restricted unpickler raise anything; always re-raised.
+        imports = _imports(content, str(error))
+        if imports:
+            raise LoadError(
+                f"{name} is refused: its pickle would import {', '.join(imports[:5])}", hint=WEIGHTS_ALONE
+            ) from error
+        raise LoadError(f"{name} is no readable checkpoint ({_first(error)})", hint=WEIGHTS_ALONE) from error
+
+
+def _first(error: Exception) -> str:
+    """torch wraps its reason in a page of advice on turning the protection off; keep the reason only."""
+    operand = re.search(r"Unsupported operand \d+", str(error))
+    return operand.group() if operand else described(error)
+
+
+def _imports(content: bytes, reason: str) -> list[str]:
+    """What a refused pickle would import, read from its opcodes; for the message, so it never fails."""
+    if content.startswith(b"PK"):
+        try:
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content)))
+        except (ValueError, RuntimeError, EOFError, AssertionError, LookupError, pickle.UnpicklingError):
+            return _opcodes(_archive(content, "it").read("data.pkl"))
+    named = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", reason)
+    return [named.group(1)] if named else _opcodes(content)
+
+
+def _opcodes(pickled: bytes) -> list[str]:
+    found, strings = set(), [""]
+    try:
+        for opcode, argument, _ in pickletools.genops(pickled):
+            if opcode.name in ("GLOBAL", "INST"):
+                found.add(str(argument).replace(" ", "."))
+            elif opcode.name == "STACK_GLOBAL":
+                found.add(".".join(strings[-2:]))
+            elif isinstance(argument, str):
+                strings.append(argument)
+    except (ValueError, IndexError):
+        return sorted(found)
+    return sorted(found)
+
+
+def _plain(value: Any, name: str) -> State:
+    """The state dict inside what a training script saved."""
+    for key in NESTED:
+        if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
+            value = value[key]
+    if not isinstance(value, Mapping) or not value:
+        raise LoadError(f"{name} holds a {type(value).__name__}, expected named weights", hint=WEIGHTS_ALONE)
+    for key, tensor in value.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            raise LoadError(
+                f"{name}: {key!r} is a {type(tensor).__name__}, expected a tensor", hint=WEIGHTS_ALONE
+            )
+    state = dict(value)
+    for prefix in PREFIXES:
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    return state
+
+
+def _bounded(state: State, size: int, name: str) -> State:
+    """Refuse what would grow when copied: a stride of 0 makes 4 TB of 1.6 KB."""
+    for key, tensor in state.items():
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+            raise LoadError(f"{name}: {key} is no plain dense tensor", hint=WEIGHTS_ALONE)
+        if tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_complex():
+            raise LoadError(
+                f"{name}: {key} is {tensor.dtype} on {tensor.device}, expected real numbers",
+                hint=WEIGHTS_ALONE,
+            )
+        if tensor.numel() * tensor.element_size() > size:
+            raise LoadError(
+                f"{name}: {key} claims {tensor.numel() * tensor.element_size()} bytes, the file has {size}"
+            )
+    return state
+
+
+def _exported(archive: Archive, name: str) -> State:
+    """Weights of a `torch.export` archive, read from its raw blobs and their JSON description."""
+    _refuse_code(archive, name)
+    tables = [m for m in archive.members if re.fullmatch(r"data/weights/.*_weights_config\.json", m)]
+    if len(tables) != 1:
+        raise LoadError(
+            f"{name} holds {len(tables)} weight tables, expected one", hint="save it again: torch.export.save"
+        )
+    if "byteorder" in archive.members and archive.read("byteorder") != b"little":
+        raise LoadError(f"{name} was written on a big-endian machine", hint="save it as safetensors")
+    try:
+        entries = json.loads(archive.read(tables[0]))["config"]
+        state = {key: _viewed(entry, archive, f"{name}: {key}") for key, entry in entries.items()}
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError, RuntimeError) as error:
+        raise LoadError(f"{name}: its weight table cannot be read ({described(error)})") from error
+    return _plain(state, name)
+
+
+def _refuse_code(archive: Archive, name: str) -> None:
+    """No member that other tools would unpickle or execute may hold code, although nothing here reads it."""
+    for member in archive.members:
+        if member.startswith("data/aotinductor/") or member.endswith(".so"):
+            raise LoadError(f"{name} holds compiled code ({member})", hint=WEIGHTS_ALONE)
+        content = archive.read(member)
+        if re.match(r"data/constants/(custom|opaque)_obj", member):
+            what = ", ".join(_opcodes(content)) or "an object"
+            raise LoadError(f"{name} is refused: {member} pickles {what}", hint=WEIGHTS_ALONE)
+        if content.startswith(b"PK"):
+            _archive(content, f"{name}: {member}")
+        if content.startswith(b"PK") or member.startswith("data/sample_inputs/") or member.endswith(".pt"):
+            _unpickled(content, f"{name}: {member}")
+
+
+def _viewed(entry: Mapping[str, Any], archive: Archive, where: str) -> Tensor:
+    """One weight as a view of its blob, with the bounds that `as_strided` would only learn from a crash."""
+    if entry["use_pickle"]:
+        raise LoadError(f"{where} is a tensor subclass, expected plain weights", hint=WEIGHTS_ALONE)
+    meta = entry["tensor_meta"]
+    sizes = [int(size["as_int"]) for size in meta["sizes"]]
+    strides = [int(stride["as_int"]) for stride in meta["strides"]]
+    offset = int(meta["storage_offset"]["as_int"])
+    if meta["dtype"] not in DTYPES or len(sizes) != len(strides) or min([offset, *sizes, *strides]) < 0:
+        raise LoadError(f"{where}: dtype {meta['dtype']}, sizes {sizes}, strides {strides} cannot be read")
+    dtype, blob = DTYPES[meta["dtype"]], archive.read("data/weights/" + entry["path_name"])
+    if 0 in sizes:
+        return torch.empty(sizes, dtype=dtype)
+    span = offset + 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    if span * dtype.itemsize > len(blob):
+        raise LoadError(f"{where} needs {span * dtype.itemsize} bytes, its blob has {len(blob)}")
+    whole = torch.frombuffer(bytearray(blob), dtype=dtype, count=len(blob) // dtype.itemsize)
+    return whole.as_strided(sizes, strides, offset)
