@@ -88,7 +88,7 @@ def parse_policy(
         # Through JSON, so that strict fields take YAML's lists as tuples and still convert no value.
         policy = Policy.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
-        raise source.error(source.problem(detail, KEYS) for detail in error.errors()) from error
+        raise source.error(source.problems(error.errors(), KEYS)) from error
     problems = cross_check(policy)
     if problems:
         raise source.error(problems)

@@ -6,6 +6,7 @@ import importlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -100,24 +101,29 @@ def check_plugins(policy: Policy) -> None:
     """
     problems: list[Problem] = []
     for index, method in enumerate(policy.locate.methods):
-        _build("locators", method, ("locate", "methods", index), problems)
+        _build(policy, "locators", method, ("locate", "methods", index), problems)
     if policy.purify is not None:
-        _build("purifiers", policy.purify, ("purify",), problems)
+        _build(policy, "purifiers", policy.purify, ("purify",), problems)
     for index, trigger in enumerate(policy.triggers):
-        _build("triggers", trigger.plugin, ("triggers", index), problems)
+        _build(policy, "triggers", trigger.plugin, ("triggers", index), problems)
     for setting, places in policy.placed_settings():
-        _build("formats", setting.format, (*places[()], "format"), problems)
-        _check_steps(setting, places, problems)
+        _build(policy, "formats", setting.format, (*places[()], "format"), problems)
+        _check_steps(policy, setting, places, problems)
     if problems:
         raise policy.source.error(problems)
 
 
-def _check_steps(setting: Setting, places: Mapping[Loc, Loc], problems: list[Problem]) -> None:
+def _check_steps(
+    policy: Policy, setting: Setting, places: Mapping[Loc, Loc], problems: list[Problem]
+) -> None:
     family = importlib.import_module("secure_export.compressors")
     on_file = False
     for index, step in enumerate(setting.steps):
         loc: Loc = (*places[()], "steps", index)
-        plugin = _build("compressors", step, loc, problems, places)
+        wrong: list[Problem] = []
+        plugin = _build(policy, "compressors", step, loc, wrong)
+        # A swept value is wrong where the choice stands; an unknown parameter where its key stands.
+        problems += [p if p.at_key else replace(p, loc=places.get(p.loc, p.loc)) for p in wrong]
         if on_file and isinstance(plugin, family.ModuleStep):
             problems.append(
                 Problem(loc, f"{plugin.kind} works on the module: put it before the steps on the file")
@@ -126,27 +132,22 @@ def _check_steps(setting: Setting, places: Mapping[Loc, Loc], problems: list[Pro
 
 
 def _build(
-    family: str,
-    spec: Mapping[str, Any],
-    loc: Loc,
-    problems: list[Problem],
-    places: Mapping[Loc, Loc] | None = None,
+    policy: Policy, family: str, spec: Mapping[str, Any], loc: Loc, problems: list[Problem]
 ) -> registry.Plugin | None:
-    """The plug-in, or None and its problems; `places` says where a swept parameter's choice stands."""
+    """The plug-in, or None and what is wrong with it."""
     try:
         base = getattr(importlib.import_module(f"secure_export.{family}"), BASES[family])
         plugin: registry.Plugin = registry.build(base, family, spec)
     except PolicyError as error:
         if isinstance(error.__cause__, ValidationError):
-            for detail in error.__cause__.errors():
-                inner = (*loc, *detail["loc"])
-                given = f", got {detail['input']!r}" if detail["type"] != "extra_forbidden" else ""
-                problems.append(Problem((places or {}).get(inner, inner), f"{detail['msg']}{given}"))
+            known = registry.load(family, spec["kind"]).model_fields
+            details = error.__cause__.errors()
+            for detail in details:
+                detail["loc"] = (*loc, *detail["loc"])
+            problems += policy.source.problems(details, known)
         else:
             hint = f" ({error.hint})" if error.hint else ""
-            problems.append(
-                Problem((places or {}).get((*loc, "kind"), (*loc, "kind")), f"{error.message}{hint}")
-            )
+            problems.append(Problem((*loc, "kind"), f"{error.message}{hint}"))
         return None
     except ImportError as error:
         problems.append(Problem((*loc, "kind"), f"{spec['kind']} needs a library that is not there: {error}"))

@@ -31,6 +31,11 @@ CONSTRUCT: dict[str, Callable[[str], Any]] = {
     "tag:yaml.org,2002:int": int,
     "tag:yaml.org,2002:float": float,
 }
+OWN_WORDS = {
+    "missing": "is required",
+    "too_short": "expected at least {min_length}, got none",
+    "string_pattern_mismatch": "expected letters, digits and ._@=+- after a letter or digit, got {given!r}",
+}
 
 
 @dataclass(frozen=True)
@@ -75,26 +80,40 @@ class Source:
         ordered = sorted(set(problems), key=lambda p: (self.values.get(p.loc, (0, 0)), str(p.loc), p.message))
         return PolicyError("\n".join(dict.fromkeys(self.describe(problem) for problem in ordered)), hint=hint)
 
-    def problem(self, error: ErrorDetails, known: Iterable[str]) -> Problem:
-        """A pydantic error as a Problem; `known` are the keys to guess from when one is unknown.
+    def problems(self, errors: Iterable[ErrorDetails], known: Iterable[str]) -> list[Problem]:
+        """pydantic's errors as Problems; `known` are the keys to guess from when one is unknown."""
+        # A list whose every item is wrong also counts as too short: only the items are worth a line.
+        return [
+            self._problem(error, known)
+            for error in errors
+            if error["type"] != "too_short" or len(error["input"]) < error["ctx"]["min_length"]
+        ]
 
-        pydantic puts the names of union members into `loc`; they are no places in the file and are dropped.
-        """
+    def _stands(self, loc: Loc) -> bool:
+        """Whether `loc` is a place in the file, or in, under or above an override."""
+        return loc in self.values or any(
+            loc[: len(place)] == place or place[: len(loc)] == loc for place in self.overridden
+        )
+
+    def _problem(self, error: ErrorDetails, known: Iterable[str]) -> Problem:
+        kind, given = error["type"], error["input"]
         loc: Loc = ()
-        for part in error["loc"]:
-            if (*loc, part) in self.values or (*loc, part) in self.overridden or error["type"] == "missing":
+        for part in error[
+            "loc"
+        ]:  # pydantic also puts the names of union members there: no places in the file
+            if kind == "missing" or self._stands((*loc, part)):
                 loc = (*loc, part)
-        if error["type"] == "extra_forbidden":
+        if kind == "extra_forbidden":
             close = difflib.get_close_matches(str(loc[-1]), known, n=1)
             return Problem(
                 loc, "unknown key" + (f", did you mean {close[0]!r}?" if close else ""), at_key=True
             )
-        if error["type"] == "missing":
-            return Problem(loc, "is required")
-        message = error["msg"].removeprefix("Value error, ")
-        given = error["input"]
-        shown = isinstance(given, bool | int | float | str) and error["type"] != "value_error"
-        return Problem(loc, f"{message}, got {given!r}" if shown else message)
+        if kind == "value_error":
+            return Problem(loc, str(error["ctx"]["error"]))
+        if kind in OWN_WORDS:
+            return Problem(loc, OWN_WORDS[kind].format(given=given, **error.get("ctx", {})))
+        shown = isinstance(given, bool | int | float | str)
+        return Problem(loc, f"{error['msg']}, got {given!r}" if shown else error["msg"])
 
 
 class _Loader(yaml.SafeLoader):
@@ -127,7 +146,8 @@ def parse(text: str, name: str) -> tuple[dict[str, Any], Source]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
-        raise PolicyError(f"{where}: {error.problem or error.context}") from error
+        what = ", ".join(part for part in (error.context, error.problem) if part)
+        raise PolicyError(f"{where}: {what}") from error
     except yaml.YAMLError as error:
         raise PolicyError(f"{name}: no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(node, yaml.MappingNode):
