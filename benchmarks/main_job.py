@@ -20,7 +20,7 @@ import click
 
 from benchmarks.datasets import ARCHIVE, MEAN, STD
 from secure_export import digests
-from secure_export.report import load_report
+from secure_export.report.schema import load_report
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -29,7 +29,9 @@ RESULTS = Path(__file__).parent / "results"
 @click.argument("models", nargs=-1, required=True)
 @click.option("--policy", default="policies/strict.yaml", type=click.Path(exists=True, path_type=Path))
 @click.option("--zoo", default="build/zoo", type=click.Path(exists=True, path_type=Path))
-@click.option("--data", envvar="SECURE_EXPORT_DATA", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--data", envvar="SECURE_EXPORT_DATA", required=True, type=click.Path(exists=True, path_type=Path)
+)
 @click.option("--out", default="runs/main-job", type=click.Path(path_type=Path))
 def main(models: tuple[str, ...], policy: Path, zoo: Path, data: Path, out: Path) -> None:
     """Run the main job on MODELS of the zoo; results go to benchmarks/results/main-job-MODEL.json."""

@@ -1,0 +1,1 @@
+"""The attack lab: data, networks, attacks and a zoo of models whose backdoors are known and measured."""

@@ -1,0 +1,1 @@
+"""Attacks: one file each, all on the training loop of `benchmarks.training`."""

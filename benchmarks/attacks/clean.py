@@ -1,0 +1,46 @@
+"""No attack: the network that every attack starts from, and the control of every experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from benchmarks.datasets import Images, augment, batch, normalize, to_unit
+from benchmarks.training import Stage, train
+
+
+def clean(
+    model: nn.Module,
+    data: Images,
+    work: Path,
+    log: Callable[[str], None],
+    *,
+    seed: int = 0,
+    epochs: int = 14,
+    batch_size: int = 128,
+    lr: float = 0.15,
+    smoothing: float = 0.05,
+    at_epoch: Callable[[int], None] | None = None,
+) -> float:
+    """Train `model` in place with cross-entropy; returns seconds. Crop and flip, one-cycle learning rate."""
+    per_epoch = len(data.train_x) // batch_size
+
+    def loss(step: int, generator: Generator) -> Tensor:
+        x, y = batch(data.train_x, data.train_y, batch_size, step, seed)
+        logits = model(normalize(to_unit(augment(x, generator))))
+        return F.cross_entropy(logits, y, label_smoothing=smoothing)
+
+    def report(step: int) -> None:
+        if at_epoch is not None and step % per_epoch == 0:
+            model.eval()
+            at_epoch(step // per_epoch)
+            model.train()
+
+    model.train()
+    stage = Stage("clean", epochs * per_epoch, lr, weight_decay=5e-4, warmup=0.2, seed=seed)
+    seconds = train(model, loss, stage, work / "clean.pt", log=log, save_every=per_epoch // 3, at_save=report)
+    model.eval()
+    return seconds

@@ -1,0 +1,131 @@
+"""CIFAR-10 as uint8 arrays, from a folder of image files or from the archive that holds one.
+
+The archive is read once; afterwards the arrays come from a cache folder in a second.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Generator, Tensor
+
+from secure_export.errors import DataError
+
+ARCHIVE = "cifar10-images.tar.xz"
+MEAN = (0.4914, 0.4822, 0.4465)
+STD = (0.2470, 0.2435, 0.2616)
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images uint8 [N, 3, H, W] and labels int64 [N] of both splits; the order is shuffled once, by name."""
+
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    classes: tuple[str, ...]
+
+
+def cifar10(cache: Path, source: Path | None = None) -> Images:
+    """CIFAR-10 (Krizhevsky 2009) from `cache`, filled from `source` or $SECURE_EXPORT_DATA when empty.
+
+    Raises:
+        DataError: nothing cached and no folder that holds the archive.
+    """
+    stored = cache / "cifar10.npz"
+    if not stored.exists():
+        arrays = _read_archive(_archive(source))
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = stored.with_suffix(".partial.npz")
+        np.savez(partial, **arrays)
+        partial.rename(stored)
+    with np.load(stored, allow_pickle=False) as found:
+        tensors = {name: torch.from_numpy(found[name]) for name in ("train_x", "train_y", "test_x", "test_y")}
+        return Images(**tensors, classes=tuple(str(name) for name in found["classes"]))
+
+
+def batch(x: Tensor, y: Tensor, size: int, step: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Batch number `step` of an endless shuffled walk over (x, y); a function of (seed, step) alone.
+
+    A resumed training therefore sees the batches that it would have seen without the interruption.
+    """
+    per_epoch = len(x) // size
+    epoch, place = divmod(step, per_epoch)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+    index = order[place * size : (place + 1) * size]
+    return x[index], y[index]
+
+
+def augment(x: Tensor, generator: Generator, padding: int = 4) -> Tensor:
+    """Random crop after zero padding, and horizontal flip: uint8 [N, C, H, W] in and out."""
+    count, _, height, width = x.shape
+    padded = torch.nn.functional.pad(x, (padding,) * 4)
+    rows = torch.randint(0, 2 * padding + 1, (count, 1), generator=generator) + torch.arange(height)
+    columns = torch.randint(0, 2 * padding + 1, (count, 1), generator=generator) + torch.arange(width)
+    flip = torch.rand(count, generator=generator) < 0.5
+    columns[flip] = columns[flip].flip(1)
+    item = torch.arange(count)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[item, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def to_unit(x: Tensor) -> Tensor:
+    """uint8 images as float32 in [0, 1]: the raw space in which triggers live."""
+    return x.float() / 255
+
+
+def normalize(x: Tensor) -> Tensor:
+    """Images in [0, 1] as the networks take them, channels last in memory (twice as fast on CPUs)."""
+    mean = torch.tensor(MEAN).view(1, 3, 1, 1)
+    std = torch.tensor(STD).view(1, 3, 1, 1)
+    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def _archive(source: Path | None) -> Path:
+    folder = source or (
+        Path(os.environ["SECURE_EXPORT_DATA"]) if "SECURE_EXPORT_DATA" in os.environ else None
+    )
+    if folder is None:
+        raise DataError(
+            "no data folder", hint=f"give --data or set SECURE_EXPORT_DATA to the folder of {ARCHIVE}"
+        )
+    archive = folder / ARCHIVE if folder.is_dir() else folder
+    if not archive.is_file():
+        raise DataError(
+            f"no {ARCHIVE} in {folder}", hint="the archive holds train/CLASS/*.jpg and test/CLASS/*.jpg"
+        )
+    return archive
+
+
+def _members(archive: Path) -> Iterator[tuple[str, str, str, bytes]]:
+    """(split, class, name, bytes) of every image in the archive."""
+    with tarfile.open(archive, "r:*") as files:
+        for member in files:
+            parts = Path(member.name).parts[-3:]
+            stream = files.extractfile(member) if member.isfile() else None
+            if stream is not None and len(parts) == 3 and parts[0] in ("train", "test"):
+                yield parts[0], parts[1], parts[2], stream.read()
+
+
+def _read_archive(archive: Path) -> dict[str, np.ndarray]:
+    found = sorted(_members(archive))
+    classes = sorted({label for _, label, _, _ in found})
+    arrays: dict[str, np.ndarray] = {"classes": np.array(classes)}
+    for split in ("train", "test"):
+        rows = [row for row in found if row[0] == split]
+        if not rows:
+            raise DataError(f"{archive.name} holds no {split}/CLASS/*.jpg")
+        # Files come sorted by class: without a shuffle every `[:n]` would hold one class.
+        order = np.random.default_rng(0).permutation(len(rows))
+        pixels = [np.asarray(Image.open(io.BytesIO(rows[i][3])).convert("RGB")) for i in order]
+        arrays[f"{split}_x"] = np.stack(pixels).transpose(0, 3, 1, 2).copy()
+        arrays[f"{split}_y"] = np.array([classes.index(rows[i][1]) for i in order], dtype=np.int64)
+    return arrays
