@@ -33,8 +33,8 @@ class OrtStaticInt8(FileStep):
     """The defaults (uint8 activations, int8 weights) are the pair that has fast kernels on x86.
 
     One int8 does not stand for another: a backdoor conditioned on one weight grid can sleep on the next, so a
-    sweep names both `weight_type`s and both values of `per_channel`. int8 weights have the scale absmax/127,
-    uint8 weights (max - min)/255.
+    sweep names both `weight_type`s and both values of `per_channel`. The scale of int8 weights is absmax/127
+    (absmax/64 with 7 bits), of uint8 weights absmax/127.5 per channel and (max - min)/255 per tensor.
     """
 
     per_channel: bool = Field(True, description="one weight scale per output channel instead of per tensor")

@@ -1,0 +1,55 @@
+"""What pruning steps share: which layers may lose channels, and BatchNorm statistics for what is left."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from secure_export.errors import CompressError
+from secure_export.records import Split
+
+BATCH_SIZE = 128
+
+
+def weighted_layers(model: nn.Module, head: str) -> list[tuple[str, nn.Conv2d | nn.Linear]]:
+    """(qualified name, layer) of every Conv2d and Linear but the head, in the model's order."""
+    return [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Conv2d | nn.Linear) and name != head
+    ]
+
+
+@torch.no_grad()
+def recalibrate_batchnorm(model: nn.Module, calibration: Split) -> int:
+    """Replace every BatchNorm's running statistics by those of the calibration split; gives their number.
+
+    Statistics are averaged over batches of nearly equal size, each counting the same. Everything else stays
+    in eval mode, so dropout does not disturb them. Without this a pruned network keeps the statistics of the
+    channels that fed it before, and its accuracy collapses whatever was pruned.
+
+    Raises:
+        CompressError: the model has a BatchNorm, and the split fewer than two samples.
+    """
+    norms = [
+        layer for layer in model.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats
+    ]
+    if not norms:
+        return 0
+    if len(calibration) < 2:
+        raise CompressError(
+            f"BatchNorm statistics need at least 2 calibration samples, got {len(calibration)}"
+        )
+    momenta = [layer.momentum for layer in norms]
+    model.eval()
+    for layer in norms:
+        layer.reset_running_stats()
+        layer.momentum = None  # cumulative average
+        layer.train()
+    for index in torch.arange(len(calibration)).tensor_split(-(-len(calibration) // BATCH_SIZE)):
+        model(calibration.floats(index))
+    for layer, momentum in zip(norms, momenta, strict=True):
+        layer.momentum = momentum
+    model.eval()
+    return len(norms)
