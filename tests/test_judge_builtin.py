@@ -1,0 +1,234 @@
+"""Findings that no policy can turn off: missing evidence, steps that did nothing, suspects left in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from secure_export.policy import judge
+from secure_export.records import UNREAD, Change, Count, Paired, Purification, Suspect, Unmeasured
+from tests.judging import (
+    HOLDOUT,
+    RULES,
+    make_measurement,
+    make_policy,
+    make_report,
+    make_result,
+    make_setting,
+    measured,
+    only,
+    with_counts,
+)
+
+N = HOLDOUT * 2 // 3
+
+
+FP32, INT8 = make_setting("fp32"), make_setting("int8")
+
+
+def without(result: Any, **changes: Any) -> Any:
+    """The int8 setting with something wrong in its purified lane."""
+    return make_report(FP32, replace(INT8, purified=replace(result, **changes)))
+
+
+PURIFIED = make_result("int8")
+assert PURIFIED.artifact is not None
+CHANGED_NOTHING = replace(PURIFIED.artifact, changes=(Change("ort-static-int8", 0, 21, "tensors"),))
+OTHER_CHAIN = replace(INT8, steps=({"kind": "ort-static-int8", "per_channel": False},))
+AGAIN = Suspect("latent-shift", "int8", 2, (0.1, 0.2, 0.9))
+UNREADABLE = Suspect("latent-shift", "int8", None, (), {UNREAD: "no head in this file"})
+
+BUILTIN: list[tuple[str, Any, str, str, bool | None, str]] = [
+    (
+        "unmeasured",
+        without(PURIFIED, measurement=None, unmeasured=Unmeasured("purified", "int8", "failed", "why")),
+        "unmeasured",
+        "int8",
+        None,
+        "failed: why",
+    ),
+    ("no measurement", without(PURIFIED, measurement=None), "unmeasured", "int8", None, "no measurement"),
+    ("no file", without(PURIFIED, artifact=None), "unmeasured", "int8", None, "no file"),
+    (
+        "unmeasured wins over numbers",
+        without(PURIFIED, unmeasured=Unmeasured("purified", "int8", "interrupted")),
+        "unmeasured",
+        "int8",
+        None,
+        "interrupted",
+    ),
+    ("no setting", make_report(FP32), "missing", "int8", None, "0 settings"),
+    ("setting twice", make_report(FP32, INT8, INT8), "missing", "int8", None, "2 settings"),
+    ("other steps", make_report(FP32, OTHER_CHAIN), "missing", "int8", None, "'per_channel': False"),
+    (
+        "other format",
+        without(PURIFIED, artifact=replace(PURIFIED.artifact, format="pt2")),
+        "missing",
+        "int8",
+        None,
+        "measured as pt2, the policy asks for onnx",
+    ),
+    ("wrong lane", without(make_result("int8", "original")), "mismatch", "int8", None, "original int8"),
+    (
+        "another's numbers",
+        without(PURIFIED, measurement=make_measurement("fp32")),
+        "mismatch",
+        "int8",
+        None,
+        "purified fp32",
+    ),
+    (
+        "another's file",
+        without(PURIFIED, artifact=replace(PURIFIED.artifact, setting="fp32")),
+        "mismatch",
+        "int8",
+        None,
+        "purified fp32",
+    ),
+    (
+        "nothing changed",
+        without(PURIFIED, artifact=CHANGED_NOTHING),
+        "unchanged-step",
+        "int8",
+        False,
+        "ort-static-int8 changed 0 of 21 tensors",
+    ),
+    (
+        "step says nothing",
+        without(PURIFIED, artifact=replace(PURIFIED.artifact, changes=())),
+        "unchanged-step",
+        "int8",
+        None,
+        "1 steps, but 0 say",
+    ),
+    (
+        "purification changed nothing",
+        make_report(replace(FP32, original=FP32.purified), replace(INT8, original=INT8.purified)),
+        "unchanged-purification",
+        "all",
+        False,
+        "changed nothing",
+    ),
+    (
+        "suspect not purified",
+        make_report(suspects=(*make_report().suspects, AGAIN)),
+        "suspect-not-purified",
+        "int8",
+        False,
+        "class 2 is suspected (latent-shift on int8) and was not purified",
+    ),
+    (
+        "purification off",
+        make_report(purification=None),
+        "suspect-not-purified",
+        "subject, fp32",
+        False,
+        "class 1 is suspected",
+    ),
+    ("no locator", make_report(suspects=()), "no-locator", "all", None, "latent-shift did not run"),
+    (
+        "only the other locator",
+        make_report(suspects=make_report().suspects[:1]),
+        "no-locator",
+        "all",
+        None,
+        "latent-shift did not run",
+    ),
+    (
+        "locator could not read",
+        make_report(suspects=(*make_report().suspects, UNREADABLE)),
+        "no-locator",
+        "int8",
+        None,
+        "no head in this file",
+    ),
+    (
+        "other trigger of that name",
+        make_report(
+            evidence=replace(make_report().evidence, known_triggers=({"name": "wave", "kind": "wanet"},))
+        ),
+        "missing",
+        "all",
+        None,
+        "trigger 'wave' was measured as [{'name': 'wave', 'kind': 'wanet'}]",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("report", "rule", "setting", "passed", "text"), [c[1:] for c in BUILTIN], ids=[c[0] for c in BUILTIN]
+)
+def test_no_policy_can_turn_this_off(
+    report: Any, rule: str, setting: str, passed: bool | None, text: str
+) -> None:
+    lax = make_policy(rules=[{"metric": "acc", "at_least": 0.0}, {"metric": "lift", "at_most": 1.0}])
+    verdict = judge(lax, report)
+    found = [f for f in verdict.findings if (f.rule, f.setting, f.passed) == (rule, setting, passed)]
+    assert any(text in finding.message for finding in found), verdict.findings
+    assert verdict.outcome == ("refused" if passed is False else "no_verdict")
+    assert all(finding.line is None for finding in found)
+
+
+@pytest.mark.parametrize(("unconfirmed", "outcome"), [("accept", "released"), ("refuse", "refused")])
+def test_policy_says_what_becomes_of_an_unconfirmed_suspect(unconfirmed: str, outcome: str) -> None:
+    locate = make_policy().locate.model_dump(mode="json") | {"unconfirmed": unconfirmed}
+    report = make_report(suspects=(*make_report().suspects, Suspect("anti-learning", "subject", 0, ())))
+    verdict = judge(make_policy(locate=locate), report)
+    assert verdict.outcome == outcome
+    finding = only(verdict.findings, "suspect-not-purified", "subject")
+    assert finding.passed is (outcome == "released")
+    assert f"unconfirmed: {unconfirmed}" in finding.message
+
+
+def test_locator_that_did_not_run_confirms_nothing_under_refuse() -> None:
+    locate = make_policy().locate.model_dump(mode="json") | {"unconfirmed": "refuse"}
+    report = make_report(suspects=make_report().suspects[1:])
+    assert only(judge(make_policy(locate=locate), report).findings, "no-locator", "all").passed is None
+
+
+@pytest.mark.parametrize(
+    "triggers",
+    [
+        (),
+        make_measurement("fp32").triggers[:1],
+        make_measurement("fp32").triggers + make_measurement("fp32").triggers[1:],
+        tuple(replace(counts, asr=counts.asr[:2]) for counts in make_measurement("fp32").triggers),
+        tuple(
+            replace(counts, asr=(*counts.asr, Count(0, N))) for counts in make_measurement("fp32").triggers
+        ),
+        with_counts("wave", "asr", 1, Count(-1, N)),
+        with_counts("wave", "asr", 1, Count(N + 1, N)),
+        with_counts("wave", "lift", 1, Paired(N, 1, N)),
+        with_counts("wave", "lift", 1, Paired(-5, 0, N)),
+    ],
+    ids=[
+        "none",
+        "one",
+        "twice",
+        "class missing",
+        "class too many",
+        "negative",
+        "beyond",
+        "both",
+        "negative pair",
+    ],
+)
+def test_missing_or_impossible_counts_are_no_verdict(triggers: Any) -> None:
+    verdict = judge(make_policy(), measured(triggers=triggers))
+    assert verdict.outcome == "no_verdict"
+    undecided = [finding for finding in verdict.findings if finding.passed is None]
+    assert all("not measured" in f.message or "impossible" in f.message for f in undecided)
+
+
+def test_suspect_that_is_no_class_is_no_verdict() -> None:
+    policy = make_policy(rules=[RULES[0], {"metric": "asr", "at_most": 0.05, "classes": "suspects"}])
+    report = make_report(purification=Purification("lmr", {}, (1, 7, -1), (), 1.0))
+    assert judge(policy, report).outcome == "no_verdict"
+
+
+def test_subject_without_classes_is_no_verdict() -> None:
+    report = make_report(suspects=(Suspect("latent-shift", "fp32", None, ()),), purification=None)
+    report = replace(report, subject=replace(report.subject, classes=0))
+    assert judge(make_policy(), report).outcome == "no_verdict"
