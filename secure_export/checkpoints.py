@@ -11,6 +11,7 @@ import json
 import pickle
 import pickletools
 import re
+import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -117,7 +118,9 @@ def _archive(content: bytes, name: str) -> Archive:
 
 def _unpickled(content: bytes, name: str) -> Any:
     try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
         # Broad, because crafted bytes make the restricted unpickler raise anything; always re-raised.
         imports = _imports(content, str(error))

@@ -62,7 +62,7 @@ def make_splits(
     seed: int,
     progress: Progress = silent,
 ) -> Splits:
-    """Disjoint splits, each with every class's share to within one sample.
+    """Disjoint splits, each with the floor or ceiling of every class's share, a rare class at least one.
 
     A sample is its content: of exact copies one stays (none where their labels differ), and what the holdout
     source holds is taken out of `samples`. So the splits do not depend on file names or on their order.
@@ -146,10 +146,13 @@ def _stratified(classes: NDArray[np.int64], free: NDArray[np.bool_], size: int) 
     counts = np.bincount(classes[free])
     shares = size * counts / counts.sum()
     quota = np.floor(shares).astype(int)
-    # Largest remainders first, but a class without any sample comes before all.
-    rank = np.where((quota == 0) & (counts > 0), 1.0, 0.0) + (shares - quota)
-    ties = np.argsort(-rank, kind="stable")
+    ties = np.argsort(quota - shares, kind="stable")
     quota[ties[: size - quota.sum()]] += 1
+    # Locators and purifiers need every class, so a rare one gets a sample of the largest class's.
+    for rare in np.flatnonzero((quota == 0) & (counts > 0)):
+        largest = quota.argmax()
+        if quota[largest] > 1:
+            quota[[largest, rare]] += [-1, 1]
     taken = np.zeros_like(free)
     for label, number in enumerate(quota):
         taken[np.flatnonzero(free & (classes == label))[:number]] = True

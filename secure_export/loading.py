@@ -121,7 +121,8 @@ def _fill(model: nn.Module, state: checkpoints.State, what: str) -> None:
     own = {key: tensor for key, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     # Older checkpoints lack BatchNorm's step counter, which nothing reads in eval mode.
     missing = [key for key in own if key not in state and not key.endswith(".num_batches_tracked")]
-    unexpected = [key for key in state if key not in own]
+    # Sorted, because safetensors lists names in another order each time.
+    unexpected = sorted(key for key in state if key not in own)
     shapes = [
         f"{key} is {list(state[key].shape)}, expected {list(own[key].shape)}"
         for key in own
