@@ -36,7 +36,7 @@ from secure_export.records import (
     silent,
 )
 from secure_export.release import release, withdraw
-from secure_export.report import documents, save
+from secure_export.report.documents import documents, save
 from secure_export.runtimes import Runtime
 from secure_export.triggers import Trigger
 

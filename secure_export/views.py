@@ -31,6 +31,6 @@ def latents(model: nn.Module, layer: nn.Module, inputs: Tensor) -> Tensor:
     """Input [N, D] of the head `layer` for raw `inputs` [N, ...]."""
     seen: list[Tensor] = []
     with layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach())), torch.no_grad():
-        for batch in inputs.split(BATCH_SIZE):
+        for batch in torch.split(inputs, BATCH_SIZE):
             model(batch)
     return torch.cat([tensor.flatten(2).mean(2) if tensor.ndim == 4 else tensor for tensor in seen])

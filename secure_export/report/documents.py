@@ -1,0 +1,40 @@
+"""The report as the three files that a run directory and a release hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from secure_export.errors import ReleaseError
+from secure_export.records import Report
+from secure_export.report.html import to_html
+from secure_export.report.markdown import to_markdown
+from secure_export.report.schema import dump_report
+
+
+def documents(report: Report) -> Mapping[str, bytes]:
+    """File name to content: `report.json` is the source of truth, the others are drawn from it."""
+    return {
+        "report.json": dump_report(report).encode(),
+        "report.md": to_markdown(report).encode(),
+        "report.html": to_html(report).encode(),
+    }
+
+
+def save(report: Report, folder: Path) -> None:
+    """Write the three files into `folder`, each whole or not at all.
+
+    Raises:
+        ReleaseError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in documents(report).items():
+            partial = folder / f"{name}.partial"
+            partial.write_bytes(content)
+            partial.replace(folder / name)
+    except OSError as error:
+        raise ReleaseError(
+            f"{folder}: the report cannot be written: {error.strerror or error}",
+            hint="make room, or choose another --out",
+        ) from error
