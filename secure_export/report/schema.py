@@ -29,10 +29,9 @@ class _Envelope(BaseModel):
 
 def dump_report(report: Report) -> str:
     """The text of report.json."""
-    return (
-        json.dumps(_Envelope(report=report).model_dump(mode="json")["report"], indent=2, ensure_ascii=False)
-        + "\n"
-    )
+    # No warnings: an epoch's number is an int in a field of floats, and comes back as a float.
+    data = _Envelope(report=report).model_dump(mode="json", warnings=False)["report"]
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
 
 def save_report(report: Report, path: Path) -> None:
