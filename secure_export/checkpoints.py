@@ -6,23 +6,17 @@ sample inputs, pickled weights and constants without restriction.
 
 from __future__ import annotations
 
-import io
 import json
-import pickle
-import pickletools
 import re
-import warnings
-import zipfile
-import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secure_export.archives import WEIGHTS_ALONE, Archive, opcodes, opened, unpickled
 from secure_export.errors import LoadError
-from secure_export.factories import described
+from secure_export.factories import described, printable
 
 State = dict[str, Tensor]
 
@@ -30,8 +24,6 @@ NESTED = ("state_dict", "model_state_dict", "model", "net")
 """Keys under which training scripts keep the weights."""
 PREFIXES = ("module.", "_orig_mod.")
 """What DataParallel and torch.compile put before every name."""
-UNREADABLE = (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, zlib.error)
-WEIGHTS_ALONE = "save the weights alone: safetensors, or torch.save(model.state_dict(), ...)"
 
 # The numbers of torch.export's schema (ScalarType); quantized and complex weights are no plain weights.
 DTYPES = {
@@ -57,110 +49,27 @@ def parse(content: bytes, name: str) -> State:
         LoadError: unreadable, not plain weights, or a file that would run code; the message names what.
     """
     if content.startswith(b"PK"):
-        archive = _archive(content, name)
+        archive = opened(content, name)
         if "constants.pkl" in archive.members:
             raise LoadError(f"{name} is a TorchScript archive, which is code", hint=WEIGHTS_ALONE)
         if "archive_format" in archive.members:
             return _bounded(_exported(archive, name), len(content), name)
-        return _bounded(_plain(_unpickled(content, name), name), len(content), name)
+        return _bounded(_plain(unpickled(content, name), name), len(content), name)
     if content[8:9] == b"{" or name.endswith(".safetensors"):
-        return _bounded(_safetensors(content, name), len(content), name)
-    return _bounded(_plain(_unpickled(content, name), name), len(content), name)
+        return _bounded(_plain(_safetensors(content, name), name), len(content), name)
+    return _bounded(_plain(unpickled(content, name), name), len(content), name)
 
 
-def _safetensors(content: bytes, name: str) -> State:
+def _safetensors(content: bytes, name: str) -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
-        return dict(load(content))
+        return load(content)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise LoadError(
             f"{name} is no readable safetensors file ({described(error)})", hint="truncated? copy it again"
         ) from error
-
-
-@dataclass(frozen=True)
-class Archive:
-    """A zip whose members together are no larger than the file, by name below its root folder."""
-
-    file: zipfile.ZipFile
-    members: Mapping[str, zipfile.ZipInfo]
-    name: str
-
-    def read(self, member: str) -> bytes:
-        """Bytes of a member, their checksum compared.
-
-        Raises:
-            LoadError: no such member, or damaged.
-        """
-        try:
-            return self.file.read(self.members[member])
-        except (KeyError, *UNREADABLE) as error:
-            raise LoadError(f"{self.name}: {member} cannot be read ({described(error)})") from error
-
-
-def _archive(content: bytes, name: str) -> Archive:
-    try:
-        file = zipfile.ZipFile(io.BytesIO(content))
-    except UNREADABLE as error:
-        raise LoadError(f"{name} is no readable archive ({described(error)})", hint="truncated?") from error
-    infos = [info for info in file.infolist() if not info.is_dir()]
-    unpacked = sum(info.file_size for info in infos)
-    # torch stores without compression: larger declared sizes are a bomb, or members that overlap.
-    if unpacked > len(content):
-        raise LoadError(f"{name} unpacks to {unpacked} bytes, more than the file's {len(content)}")
-    members = {info.filename.partition("/")[2] or info.filename: info for info in infos}
-    if len(members) != len(infos):
-        raise LoadError(f"{name} holds two members of one name")
-    return Archive(file, members, name)
-
-
-def _unpickled(content: bytes, name: str) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:
-        # Broad, because crafted bytes make the restricted unpickler raise anything; always re-raised.
-        imports = _imports(content, str(error))
-        if imports:
-            raise LoadError(
-                f"{name} is refused: its pickle would import {', '.join(imports[:5])}", hint=WEIGHTS_ALONE
-            ) from error
-        raise LoadError(f"{name} is no readable checkpoint ({_first(error)})", hint=WEIGHTS_ALONE) from error
-
-
-def _first(error: Exception) -> str:
-    """torch wraps its reason in a page of advice on turning the protection off; keep the reason only."""
-    operand = re.search(r"Unsupported operand \d+", str(error))
-    return operand.group() if operand else described(error)
-
-
-def _imports(content: bytes, reason: str) -> list[str]:
-    """What a refused pickle would import, read from its opcodes; for the message, so it never fails."""
-    if content.startswith(b"PK"):
-        try:
-            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content)))
-        except (ValueError, RuntimeError, EOFError, AssertionError, LookupError, pickle.UnpicklingError):
-            return _opcodes(_archive(content, "it").read("data.pkl"))
-    named = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", reason)
-    return [named.group(1)] if named else _opcodes(content)
-
-
-def _opcodes(pickled: bytes) -> list[str]:
-    found, strings = set(), [""]
-    try:
-        for opcode, argument, _ in pickletools.genops(pickled):
-            if opcode.name in ("GLOBAL", "INST"):
-                found.add(str(argument).replace(" ", "."))
-            elif opcode.name == "STACK_GLOBAL":
-                found.add(".".join(strings[-2:]))
-            elif isinstance(argument, str):
-                strings.append(argument)
-    except (ValueError, IndexError):
-        return sorted(found)
-    return sorted(found)
 
 
 def _plain(value: Any, name: str) -> State:
@@ -171,9 +80,10 @@ def _plain(value: Any, name: str) -> State:
     if not isinstance(value, Mapping) or not value:
         raise LoadError(f"{name} holds a {type(value).__name__}, expected named weights", hint=WEIGHTS_ALONE)
     for key, tensor in value.items():
-        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+        if not isinstance(key, str) or not key.isprintable() or not isinstance(tensor, Tensor):
             raise LoadError(
-                f"{name}: {key!r} is a {type(tensor).__name__}, expected a tensor", hint=WEIGHTS_ALONE
+                f"{name}: {printable(repr(key))} is a {type(tensor).__name__}, expected a named tensor",
+                hint=WEIGHTS_ALONE,
             )
     state = dict(value)
     for prefix in PREFIXES:
@@ -211,7 +121,7 @@ def _exported(archive: Archive, name: str) -> State:
         raise LoadError(f"{name} was written on a big-endian machine", hint="save it as safetensors")
     try:
         entries = json.loads(archive.read(tables[0]))["config"]
-        state = {key: _viewed(entry, archive, f"{name}: {key}") for key, entry in entries.items()}
+        state = {key: _viewed(entry, archive, f"{name}: {printable(key)}") for key, entry in entries.items()}
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError, RuntimeError) as error:
         raise LoadError(f"{name}: its weight table cannot be read ({described(error)})") from error
     return _plain(state, name)
@@ -224,12 +134,12 @@ def _refuse_code(archive: Archive, name: str) -> None:
             raise LoadError(f"{name} holds compiled code ({member})", hint=WEIGHTS_ALONE)
         content = archive.read(member)
         if re.match(r"data/constants/(custom|opaque)_obj", member):
-            what = ", ".join(_opcodes(content)) or "an object"
+            what = printable(", ".join(opcodes(content))) or "an object"
             raise LoadError(f"{name} is refused: {member} pickles {what}", hint=WEIGHTS_ALONE)
         if content.startswith(b"PK"):
-            _archive(content, f"{name}: {member}")
+            opened(content, f"{name}: {member}")
         if content.startswith(b"PK") or member.startswith("data/sample_inputs/") or member.endswith(".pt"):
-            _unpickled(content, f"{name}: {member}")
+            unpickled(content, f"{name}: {member}")
 
 
 def _viewed(entry: Mapping[str, Any], archive: Archive, where: str) -> Tensor:

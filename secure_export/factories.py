@@ -13,6 +13,7 @@ from typing import Any
 
 from secure_export.errors import NoVerdict, SecureExportError
 
+LONGEST = 200
 SPEC = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
@@ -54,4 +55,10 @@ def local_code(what: str, error: type[NoVerdict]) -> Iterator[None]:
 def described(cause: BaseException) -> str:
     """Type and first line of an exception, for a message of one line."""
     lines = str(cause).strip().splitlines()
-    return f"{type(cause).__name__}: {lines[0]}" if lines else type(cause).__name__
+    return f"{type(cause).__name__}: {printable(lines[0])}" if lines else type(cause).__name__
+
+
+def printable(text: str) -> str:
+    """`text` without control characters, so that no name in a file can steer a terminal or a log."""
+    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return safe if len(safe) <= LONGEST else safe[:LONGEST] + "..."

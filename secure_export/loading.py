@@ -111,9 +111,11 @@ def _fresh(
             raise
         return model
     weight = state.get(f"{name}.weight")
-    if weight is None or weight.ndim == 0 or weight.shape[0] in (0, outputs):
+    own_rows = model.get_submodule(name).get_parameter("weight")
+    # Only the number of rows may differ: any other shape is a misfit, or a claim of absurd size.
+    if weight is None or weight.shape[1:] != own_rows.shape[1:] or len(weight) in (0, outputs):
         return model
-    return architectures.build(architecture, weight.shape[0], input_shape).float().eval()
+    return architectures.build(architecture, len(weight), input_shape).float().eval()
 
 
 def _fill(model: nn.Module, state: checkpoints.State, what: str) -> None:

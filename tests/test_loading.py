@@ -331,6 +331,24 @@ def test_what_is_no_state_dict_is_refused(value: Any, tmp_path: Path) -> None:
         loaded(path)
 
 
+def test_names_in_the_file_cannot_steer_the_terminal(model: Small, tmp_path: Path) -> None:
+    save_file({"x\x1b[2Jy\n": torch.ones(2)}, tmp_path / "m.safetensors")
+    with pytest.raises(LoadError, match="expected a named tensor") as caught:
+        loaded(tmp_path / "m.safetensors")
+    assert caught.value.message.isprintable()
+    (tmp_path / "m.pt").write_bytes(b"\x80\x02cposix\x1b[2J\nsystem\n.")
+    with pytest.raises(LoadError) as caught:
+        loaded(tmp_path / "m.pt")
+    assert caught.value.message.isprintable()
+
+
+def test_a_head_of_a_billion_rows_and_no_columns_builds_nothing(model: Small, tmp_path: Path) -> None:
+    state = model.state_dict() | {"readout.weight": torch.empty(1_000_000_000, 0)}
+    save_file(state, tmp_path / "m.safetensors")
+    with pytest.raises(LoadError, match=r"readout\.weight is \[1000000000, 0\]"):
+        loaded(tmp_path / "m.safetensors")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_named(value: float, model: Small, tmp_path: Path) -> None:
     with torch.no_grad():
