@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from secure_export import __version__, data, defence, loading, registry
 from secure_export.environment import versions
-from secure_export.errors import LoadError, NoVerdict, PolicyError
+from secure_export.errors import LoadError, NoVerdict, PolicyError, ReleaseError
 from secure_export.lane import Bench, at_the_head, through_settings
 from secure_export.ledger import Ledger
 from secure_export.policy import Policy, approve, check_plugins, judge
@@ -59,23 +61,24 @@ def run(policy: Policy, run_dir: Path, *, progress: Progress = silent) -> Report
     """
     clock = Clock()
     check_plugins(policy)
-    withdraw(run_dir / "release")
-    with clock("load"):
-        subject, splits = load(policy, progress)
-        bench = open_bench(policy, run_dir, splits, progress)
-    with clock("original"):
-        original = at_the_head(subject.model, subject.head, "original", subject.sha256, bench)
-        originals = through_settings(original, policy.expanded_settings(), bench)
-    with clock("locate"):
-        suspects = defence.locate(policy.locate, subject, originals, bench)
-    with clock("purify"):
-        model, identity, purification = defence.purify(policy, subject, suspects, bench)
-    with clock("purified"):
-        purified = at_the_head(model, subject.head, "purified", identity, bench, original.reference)
-        purifieds = through_settings(purified, policy.expanded_settings(), bench)
-    report = compose(policy, subject, splits, suspects, purification, originals, purifieds, clock.seconds)
-    report = replace(report, verdict=judge(policy, report))
-    return conclude(report, purifieds, run_dir)
+    with writing_to(run_dir):
+        withdraw(run_dir / "release")
+        with clock("load"):
+            subject, splits = load(policy, progress)
+            bench = open_bench(policy, run_dir, splits, progress)
+        with clock("original"):
+            original = at_the_head(subject.model, subject.head, "original", subject.sha256, bench)
+            originals = through_settings(original, policy.expanded_settings(), bench)
+        with clock("locate"):
+            suspects = defence.locate(policy.locate, subject, originals, bench)
+        with clock("purify"):
+            model, identity, purification = defence.purify(policy, subject, suspects, bench)
+        with clock("purified"):
+            purified = at_the_head(model, subject.head, "purified", identity, bench, original.reference)
+            purifieds = through_settings(purified, policy.expanded_settings(), bench)
+        report = compose(policy, subject, splits, suspects, purification, originals, purifieds, clock.seconds)
+        report = replace(report, verdict=judge(policy, report))
+        return conclude(report, purifieds, run_dir)
 
 
 def load(policy: Policy, progress: Progress) -> tuple[Subject, Splits]:
@@ -202,6 +205,19 @@ def conclude(report: Report, purifieds: Sequence[SettingResult], run_dir: Path) 
         raise
     save(report, run_dir)
     return report
+
+
+@contextmanager
+def writing_to(run_dir: Path) -> Iterator[None]:
+    """A disk that is full or read-only is one clear line, wherever it shows."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ReleaseError(
+            f"{getattr(error, 'filename', None) or run_dir}: cannot be written: {reason}",
+            hint="make room or choose another --out; the same command resumes",
+        ) from error
 
 
 def environment(results: Sequence[SettingResult]) -> Mapping[str, str]:
