@@ -41,7 +41,10 @@ def locate(
             continue
         for done, result in enumerate(originals, start=1):
             artifact = result.artifact
-            if artifact is not None:
+            if artifact is None:
+                reason = result.unmeasured.reason if result.unmeasured else "no file"
+                suspects.append(_unread(locator, result.setting, reason))
+            else:
                 runtime = registry.build(Runtime, "runtimes", {"kind": artifact.runtime})
                 read = partial(runtime.view, artifact.path, result.setting)
                 suspects.append(_suspect(locator, artifact.sha256, read, result.setting, bench))
@@ -58,8 +61,12 @@ def _suspect(locator: Locator, weights: str, read: Callable[[], View], setting: 
     try:
         found = locator.locate(read(), fit, seed=bench.seed, progress=bench.progress)
     except CompressError as error:
-        return Suspect(locator.kind, setting, None, (), {UNREAD: error.message})
+        return _unread(locator, setting, error.message)
     return bench.ledger.enter(found, *determined_by)
+
+
+def _unread(locator: Locator, setting: str, reason: str) -> Suspect:
+    return Suspect(locator.kind, setting, None, (), {UNREAD: reason})
 
 
 def purify(

@@ -144,13 +144,13 @@ def compose(
 ) -> Report:
     """Everything measured, as data, before it is judged."""
     settings = tuple(
-        ReportedSetting(setting.name, tuple(setting.steps), setting.released, original, purified)
+        ReportedSetting(setting.name, setting.steps, setting.released, _named(original), _named(purified))
         for setting, original, purified in zip(policy.expanded_settings(), originals, purifieds, strict=True)
     )
     return Report(
         schema=SCHEMA,
         tool=__version__,
-        policy_path=policy.path,
+        policy_path=Path(policy.path).name,
         policy_sha256=policy.sha256,
         policy_text=policy.text,
         verdict=Verdict("no_verdict", ()),
@@ -183,6 +183,14 @@ def compose(
         environment=environment(originals),
         timings=timings,
     )
+
+
+def _named(result: SettingResult) -> SettingResult:
+    """The file by its name in the run directory's `work`: a report travels, and says nothing of this machine."""
+    if result.artifact is None:
+        return result
+    path = Path(result.artifact.path.parent.name, result.artifact.path.name)
+    return replace(result, artifact=replace(result.artifact, path=path))
 
 
 def conclude(report: Report, purifieds: Sequence[SettingResult], run_dir: Path) -> Report:
