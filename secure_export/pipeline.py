@@ -186,7 +186,7 @@ def compose(
 
 
 def _named(result: SettingResult) -> SettingResult:
-    """The file by its name in the run directory's `work`: a report travels, and says nothing of this machine."""
+    """The file by its place in the run directory: a report travels and says nothing of this machine."""
     if result.artifact is None:
         return result
     path = Path(result.artifact.path.parent.name, result.artifact.path.name)
