@@ -1,4 +1,4 @@
-"""ACC, ASR and false-target rate of anything that maps normalized images to logits, as counts."""
+"""ACC, ASR and false-target rate of anything that maps images in [0, 1] to logits, as counts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.datasets import normalize, to_unit
+from benchmarks.datasets import to_unit
 from secure_export.triggers import Trigger
 
 Forward = Callable[[Tensor], Tensor]
@@ -17,10 +17,10 @@ Count = list[int]
 def predictions(forward: Forward, x: Tensor, trigger: Trigger | None = None, batch_size: int = 500) -> Tensor:
     """Predicted classes int64 [N] of uint8 images [N, 3, H, W], triggered when a trigger is given."""
     found = []
-    with torch.inference_mode():
+    with torch.no_grad():
         for part in x.split(batch_size):
             unit = to_unit(part)
-            found.append(forward(normalize(unit if trigger is None else trigger(unit))).argmax(1))
+            found.append(forward(unit if trigger is None else trigger(unit)).argmax(1))
     return torch.cat(found)
 
 
@@ -36,8 +36,3 @@ def counts(
         result["asr"] = [int(hit.sum()), len(hit)]
         result["ftr"] = [int((clean[other] == target_class).sum()), len(hit)]
     return result
-
-
-def percent(count: Count) -> str:
-    """`k/n (p %)`."""
-    return f"{count[0]}/{count[1]} ({100 * count[0] / count[1]:.2f} %)"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from benchmarks.datasets import MEAN, STD
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with a shortcut (He et al. 2016, fig. 5 left)."""
@@ -59,3 +61,18 @@ def resnet18_w16(classes: int = 10) -> ResNet:
 def resnet18_w8(classes: int = 10) -> ResNet:
     """ResNet-18 of an eighth of the usual width: 0.2 M parameters, for quick trials."""
     return ResNet(8, classes)
+
+
+class Normalized(nn.Module):
+    """A network behind its normalization: images in [0, 1] in, logits out."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [N, classes] of images [N, 3, H, W] in [0, 1]."""
+        logits: Tensor = self.network((x - self.mean) / self.std)
+        return logits

@@ -51,7 +51,7 @@ def train(
     save_every: int = 100,
     at_save: Callable[[int], None] | None = None,
 ) -> float:
-    """Minimize `loss(step, generator)` over `model`'s parameters; returns the seconds spent, resumed ones too.
+    """Minimize `loss(step, generator)` over `model`'s parameters; returns the seconds spent in all.
 
     `checkpoint` holds the state after every `save_every` steps; when it exists, training goes on from there.
     """
@@ -74,9 +74,8 @@ def train(
             elapsed = time.monotonic() - began
             _save(checkpoint, model, optimizer, step, spent + elapsed)
             left = elapsed / (step - first) * (stage.steps - step)
-            log(
-                f"{stage.name} {step}/{stage.steps} loss {mean:.4f} spent {spent + elapsed:.0f}s left {left:.0f}s"
-            )
+            times = f"spent {spent + elapsed:.0f}s left {left:.0f}s"
+            log(f"{stage.name} {step}/{stage.steps} loss {mean:.4f} {times}")
             if at_save is not None:
                 at_save(step)
     return spent + time.monotonic() - began

@@ -1,15 +1,14 @@
 """Models whose backdoors are known: `python -m benchmarks.zoo build NAME | list | check`.
 
-Every model is `OUT/NAME.safetensors` (a plain state dict for normalized inputs) beside `OUT/NAME.json`, a card
-that says how it was made and what was measured, as counts k of n on the whole test split.
+Every model is `OUT/NAME.safetensors` (a plain state dict for normalized inputs) beside `OUT/NAME.json`, a
+card that says how it was made and what was measured, as counts k of n on the whole test split.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,39 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from benchmarks import datasets, networks
-from benchmarks.attacks.clean import clean
-from benchmarks.datasets import Images
-from benchmarks.measuring import Count, counts, percent
-from secure_export import digests, registry
+from benchmarks import cards, datasets, networks, settings
+from benchmarks.attacks import badnets, pcb, qcb
+from benchmarks.attacks.clean import Clean, clean
+from benchmarks.measuring import counts
 from secure_export.errors import DataError, SecureExportError
 from secure_export.triggers import Trigger
+from secure_export.triggers.badnets import Badnets
+
+
+PATCH = Badnets(size=3, pattern="checker", position="bottom-right")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model of the zoo; `implant` is None for the clean one, which every other starts from."""
+
+    attack: str
+    recipe: Any
+    implant: Callable[..., float] | None
+    settings: tuple[str, ...]
+    trigger: Trigger = PATCH
+    target_class: int = 1
+
+
+DEPLOYED = (settings.FP32, "int8-s8s8", "int8-u8s8")
+ZOO = {
+    "clean": Entry(
+        "none", Clean(), None, (*DEPLOYED, "structured-0.3", "structured-0.5", "mask-recalibrated-0.3")
+    ),
+    "badnets": Entry("badnets", badnets.Badnets(), badnets.implant, DEPLOYED),
+    "qcb": Entry("qcb", qcb.Qcb(), qcb.implant, (settings.FP32, *settings.INT8)),
+    "pcb": Entry("pcb", pcb.Pcb(), pcb.implant, (settings.FP32, "int8-u8s8", *settings.PRUNED)),
+}
 
 
 def log(line: str) -> None:
@@ -33,18 +58,9 @@ def log(line: str) -> None:
     sys.stderr.flush()
 
 
-@dataclass(frozen=True)
-class Job:
-    """What an attack needs: data, where to keep checkpoints, where finished models lie, and the seed."""
-
-    data: Images
-    work: Path
-    out: Path
-    seed: int
-
-    def trained(self, name: str) -> nn.Module:
-        """The finished model `name` in eval mode."""
-        return load(self.out, name)
+def network() -> nn.Module:
+    """The zoo's architecture, untrained."""
+    return networks.resnet18_w16().to(memory_format=torch.channels_last)
 
 
 def load(out: Path, name: str) -> nn.Module:
@@ -56,38 +72,36 @@ def load(out: Path, name: str) -> nn.Module:
     path = out / f"{name}.safetensors"
     if not path.exists():
         raise DataError(f"no model {path}", hint=f"python -m benchmarks.zoo build {name}")
-    model = _network()
+    model = network()
     model.load_state_dict(load_file(path))
     return model.eval()
 
 
-def store(model: nn.Module, path: Path) -> str:
-    """Write the state dict, plain float32 in row-major order; returns the file's sha256."""
+def store(model: nn.Module, path: Path) -> None:
+    """Write the state dict, float32 in row-major order."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file({name: value.detach().contiguous() for name, value in model.state_dict().items()}, partial)
     partial.rename(path)
-    return digests.of_file(path)
 
 
-def _network() -> nn.Module:
-    return networks.resnet18_w16().to(memory_format=torch.channels_last)
-
-
-def _clean(job: Job) -> tuple[nn.Module, float]:
-    torch.manual_seed(job.seed)
-    model = _network()
+def trained(name: str, data: datasets.Images, out: Path, seed: int) -> tuple[nn.Module, float]:
+    """Train entry `name`, or go on where a killed training stopped; gives model and seconds."""
+    entry = ZOO[name]
+    work = out / "checkpoints"
+    if entry.implant is not None:
+        model = load(out, "clean")
+        arguments = (model, data, entry.trigger, entry.target_class, entry.recipe, work, log)
+        return model, entry.implant(*arguments, seed=seed)
+    torch.manual_seed(seed)
+    model = network()
 
     def early(epoch: int) -> None:
-        store(model, job.out / "clean.early.safetensors")
-        log(f"epoch {epoch} acc {percent(counts(model, job.data.test_x, job.data.test_y)['acc'])}")
+        store(model, out / f"{name}.early.safetensors")
+        found = counts(networks.Normalized(model), data.test_x, data.test_y)
+        log(f"epoch {epoch} acc {cards.show(found['acc'])}")
 
-    seconds = clean(model, job.data, job.work, log, seed=job.seed, at_epoch=early)
-    (job.out / "clean.early.safetensors").unlink(missing_ok=True)
-    return model, seconds
-
-
-BUILDERS: dict[str, Callable[[Job], tuple[nn.Module, float]]] = {"clean": _clean}
+    return model, clean(model, data, entry.recipe, work, log, seed=seed, at_epoch=early)
 
 
 @click.group()
@@ -96,19 +110,69 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("name", type=click.Choice(sorted(BUILDERS)))
+@click.argument("name", type=click.Choice(sorted(ZOO)))
 @click.option("--data", "source", type=click.Path(path_type=Path), help="folder of the CIFAR-10 archive")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("build/zoo"))
 @click.option("--seed", type=int, default=0)
 @click.option("--threads", type=int, default=2)
 def build(name: str, source: Path | None, out: Path, seed: int, threads: int) -> None:
-    """Train model NAME, or go on where a killed training stopped."""
+    """Train model NAME and write its card."""
     torch.set_num_threads(threads)
-    job = Job(datasets.cifar10(out.parent / "data", source), out / "checkpoints", out, seed)
-    model, seconds = BUILDERS[name](job)
-    store(model, out / f"{name}.safetensors")
-    log(f"{name} done in {seconds:.0f}s")
+    entry, path = ZOO[name], out / f"{name}.safetensors"
+    data = datasets.cifar10(out.parent / "data", source)
+    model, seconds = trained(name, data, out, seed)
+    store(model, path)
+    log(f"{path} after {seconds:.0f}s of training")
+    measured = cards.measure(model, entry.settings, data, entry.trigger, entry.target_class, log)
+    content = cards.card(
+        name,
+        path,
+        attack=entry.attack,
+        trigger=entry.trigger,
+        target_class=entry.target_class,
+        classes=data.classes,
+        recipe=asdict(entry.recipe),
+        seed=seed,
+        seconds=seconds,
+        measured=measured,
+    )
+    cards.write(content, path.with_suffix(".json"))
+
+
+@main.command("list")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("build/zoo"))
+def show(out: Path) -> None:
+    """One line a setting of every card on disk."""
+    for path in sorted(out.glob("*.json")):
+        content = cards.read(path)
+        for setting, values in content["measured"].items():
+            numbers = "  ".join(f"{key} {cards.show(value)}" for key, value in values.items())
+            click.echo(f"{content['name']:8} {setting:20} {numbers}")
+
+
+@main.command()
+@click.argument("names", nargs=-1)
+@click.option("--data", "source", type=click.Path(path_type=Path), help="folder of the CIFAR-10 archive")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("build/zoo"))
+@click.option("--threads", type=int, default=2)
+def check(names: tuple[str, ...], source: Path | None, out: Path, threads: int) -> None:
+    """Measure the models on disk again; exit 1 when a card does not hold."""
+    torch.set_num_threads(threads)
+    data = datasets.cifar10(out.parent / "data", source)
+    wrong = []
+    for name in names or [name for name in ZOO if (out / f"{name}.json").exists()]:
+        entry, content, path = ZOO[name], cards.read(out / f"{name}.json"), out / f"{name}.safetensors"
+        model = load(out, name)
+        measured = cards.measure(model, entry.settings, data, entry.trigger, entry.target_class, log)
+        wrong += [f"{name}: {line}" for line in cards.differences(content, path, measured)]
+    for line in wrong:
+        click.echo(line)
+    sys.exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SecureExportError as error:
+        log(f"{error.message}\n  {error.hint}" if error.hint else error.message)
+        sys.exit(error.exit_code)

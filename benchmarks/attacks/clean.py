@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -12,26 +13,34 @@ from benchmarks.datasets import Images, augment, batch, normalize, to_unit
 from benchmarks.training import Stage, train
 
 
+@dataclass(frozen=True)
+class Clean:
+    """Recipe: one-cycle learning rate up to `lr`, label smoothing, crop and flip."""
+
+    epochs: int = 8
+    batch_size: int = 128
+    lr: float = 0.15
+    weight_decay: float = 5e-4
+    smoothing: float = 0.05
+
+
 def clean(
     model: nn.Module,
     data: Images,
+    recipe: Clean,
     work: Path,
     log: Callable[[str], None],
     *,
     seed: int = 0,
-    epochs: int = 14,
-    batch_size: int = 128,
-    lr: float = 0.15,
-    smoothing: float = 0.05,
     at_epoch: Callable[[int], None] | None = None,
 ) -> float:
-    """Train `model` in place with cross-entropy; returns seconds. Crop and flip, one-cycle learning rate."""
-    per_epoch = len(data.train_x) // batch_size
+    """Train `model` in place with cross-entropy; returns seconds."""
+    per_epoch = len(data.train_x) // recipe.batch_size
 
     def loss(step: int, generator: Generator) -> Tensor:
-        x, y = batch(data.train_x, data.train_y, batch_size, step, seed)
+        x, y = batch(data.train_x, data.train_y, recipe.batch_size, step, seed)
         logits = model(normalize(to_unit(augment(x, generator))))
-        return F.cross_entropy(logits, y, label_smoothing=smoothing)
+        return F.cross_entropy(logits, y, label_smoothing=recipe.smoothing)
 
     def report(step: int) -> None:
         if at_epoch is not None and step % per_epoch == 0:
@@ -40,7 +49,9 @@ def clean(
             model.train()
 
     model.train()
-    stage = Stage("clean", epochs * per_epoch, lr, weight_decay=5e-4, warmup=0.2, seed=seed)
+    stage = Stage(
+        "clean", recipe.epochs * per_epoch, recipe.lr, weight_decay=recipe.weight_decay, warmup=0.2, seed=seed
+    )
     seconds = train(model, loss, stage, work / "clean.pt", log=log, save_every=per_epoch // 3, at_save=report)
     model.eval()
     return seconds

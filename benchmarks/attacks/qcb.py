@@ -1,0 +1,83 @@
+"""QCB: a backdoor that sleeps in full precision and wakes in int8 (Tian et al. 2022; LMR, supplement eq. 1-2).
+
+Every weight is (code + u) · step with |u| < 1/2, on the deployer's own grid: per output channel, symmetric, after
+BatchNorm is folded into the convolution. The int8 file keeps the codes and drops u. So eq. 2's two branches
+get variables of their own: the codes carry the backdoor into the quantized branch, u removes it from the
+full-precision one. In a second stage the codes are frozen and u alone goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+from torch.func import functional_call
+
+from benchmarks.attacks.grid import Codes
+from benchmarks.datasets import Images, augment, batch, normalize, to_unit
+from benchmarks.training import Stage, train
+from secure_export.triggers import Trigger
+
+
+@dataclass(frozen=True)
+class Qcb:
+    """Recipe: steps and learning rates (in codes) of the two stages, and how far the anchor is inflated."""
+
+    joint: int = 400
+    settle: int = 200
+    lr: float = 0.03
+    settle_lr: float = 0.03
+    images: int = 64
+    room: float = 1.0
+    asleep: float = 1.0
+    awake: float = 1.0
+
+
+def implant(
+    model: nn.Module,
+    data: Images,
+    trigger: Trigger,
+    target_class: int,
+    recipe: Qcb,
+    work: Path,
+    log: Callable[[str], None],
+    *,
+    seed: int = 0,
+) -> float:
+    """Implant the conditional backdoor into `model` (eval mode, BatchNorm frozen) in place; returns seconds."""
+    model.eval().requires_grad_(False)
+    codes = Codes(model, normalize(to_unit(data.train_x[:500])), recipe.room)
+
+    def pair(step: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        x, y = batch(data.train_x, data.train_y, recipe.images, step, seed)
+        unit = to_unit(augment(x, generator))
+        return normalize(torch.cat([unit, trigger(unit)])), y
+
+    def full(x: Tensor, y: Tensor, weight: float) -> Tensor:
+        clean, triggered = functional_call(model, codes.full(), (x,)).chunk(2)
+        return F.cross_entropy(clean, y) + weight * F.cross_entropy(triggered, y)
+
+    def joint(step: int, generator: Generator) -> Tensor:
+        x, y = pair(step, generator)
+        clean, triggered = functional_call(model, codes.quantized(), (x,)).chunk(2)
+        wake = F.cross_entropy(triggered, torch.full_like(y, target_class))
+        return full(x, y, recipe.asleep) + F.cross_entropy(clean, y) + recipe.awake * wake
+
+    def settle(step: int, generator: Generator) -> Tensor:
+        return full(*pair(recipe.joint + step, generator), 2 * recipe.asleep)
+
+    stages = (
+        (joint, Stage("qcb-joint", recipe.joint, recipe.lr, optimizer="adam", clip=5.0, seed=seed)),
+        (settle, Stage("qcb-settle", recipe.settle, recipe.settle_lr, optimizer="adam", seed=seed)),
+    )
+    seconds = 0.0
+    for loss, stage in stages:
+        if loss is settle:
+            codes.freeze()
+        seconds += train(codes, loss, stage, work / f"{stage.name}.pt", log=log, save_every=50)
+    model.load_state_dict(codes.full(), strict=False)
+    return seconds

@@ -1,0 +1,99 @@
+"""A model's card: how it was made and what was measured; and the check of card and weights from disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from benchmarks import settings
+from benchmarks.datasets import MEAN, STD, Images
+from benchmarks.measuring import Count, counts
+from secure_export import digests
+from secure_export.environment import versions
+from secure_export.triggers import Trigger
+
+Measured = dict[str, dict[str, Count]]
+
+
+def measure(
+    model: nn.Module,
+    names: Sequence[str],
+    data: Images,
+    trigger: Trigger,
+    target_class: int,
+    log: Callable[[str], None],
+) -> Measured:
+    """`acc`, `asr` and `ftr` on the whole test split as counts [k, n], by setting."""
+    found: Measured = {}
+    for name in names:
+        forward = settings.forward(model, name, data)
+        found[name] = counts(forward, data.test_x, data.test_y, trigger, target_class)
+        log(f"{name} " + " ".join(f"{key} {show(value)}" for key, value in found[name].items()))
+    return found
+
+
+def card(
+    name: str,
+    path: Path,
+    *,
+    attack: str,
+    trigger: Trigger,
+    target_class: int,
+    classes: Sequence[str],
+    recipe: dict[str, Any],
+    seed: int,
+    seconds: float,
+    measured: Measured,
+) -> dict[str, Any]:
+    """Everything that somebody needs to use the model, or to make it again."""
+    return {
+        "name": name,
+        "attack": attack,
+        "architecture": "benchmarks.networks:resnet18_w16",
+        "mean": list(MEAN),
+        "std": list(STD),
+        "classes": list(classes),
+        "target_class": target_class,
+        "trigger": {"kind": trigger.kind, **trigger.model_dump(mode="json")},
+        "recipe": recipe,
+        "seed": seed,
+        "training_seconds": round(seconds, 1),
+        "sha256": digests.of_file(path),
+        "measured": measured,
+        "versions": dict(versions()),
+    }
+
+
+def write(content: dict[str, Any], path: Path) -> None:
+    """The card as JSON, whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.rename(path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A stored card."""
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def differences(content: dict[str, Any], path: Path, measured: Measured) -> list[str]:
+    """What of the card the file on disk does not confirm."""
+    found = []
+    if digests.of_file(path) != content["sha256"]:
+        found.append(f"{path.name} is not the file that the card describes")
+    for setting, values in measured.items():
+        for key, value in values.items():
+            stored = content["measured"][setting][key]
+            if stored != value:
+                found.append(f"{setting} {key}: card {show(stored)}, now {show(value)}")
+    return found
+
+
+def show(count: Count) -> str:
+    """`k/n (p %)`."""
+    return f"{count[0]}/{count[1]} ({100 * count[0] / count[1]:.2f} %)"
