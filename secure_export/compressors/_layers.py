@@ -13,12 +13,23 @@ BATCH_SIZE = 128
 
 
 def weighted_layers(model: nn.Module, head: str) -> list[tuple[str, nn.Conv2d | nn.Linear]]:
-    """(qualified name, layer) of every Conv2d and Linear but the head, in the model's order."""
-    return [
+    """(qualified name, layer) of every Conv2d and Linear but the head, in the model's order.
+
+    Raises:
+        CompressError: a layer's weight is quantized already.
+    """
+    found = [
         (name, layer)
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Conv2d | nn.Linear) and name != head
     ]
+    for name, layer in found:
+        if type(layer.weight) is not nn.Parameter:
+            raise CompressError(
+                f"{name} holds a {type(layer.weight).__name__}, expected plain weights",
+                hint="prune and recover before quantizing",
+            )
+    return found
 
 
 @torch.no_grad()

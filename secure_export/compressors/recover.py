@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from secure_export.compressors import Context, ModuleStep
-from secure_export.compressors._layers import recalibrate_batchnorm
+from secure_export.compressors._layers import recalibrate_batchnorm, weighted_layers
 from secure_export.errors import CompressError
 from secure_export.records import Change, Progress, Split
 
@@ -35,6 +35,7 @@ class Recover(ModuleStep):
         Raises:
             CompressError: fewer than two calibration samples, or training diverged.
         """
+        weighted_layers(model, context.head)  # refuses quantized weights
         before = [parameter.detach().clone() for parameter in model.parameters()]
         distil(
             model,

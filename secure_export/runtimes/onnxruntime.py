@@ -16,6 +16,7 @@ from pydantic import Field
 from secure_export.errors import CompressError
 from secure_export.records import Predictor, View
 from secure_export.runtimes import Runtime
+from secure_export.runtimes._checks import check_head, first_line, read
 from secure_export.runtimes._cpu import cpu
 from secure_export.runtimes._head import affine, find_head, with_parts
 
@@ -133,34 +134,3 @@ class Onnxruntime(Runtime):
         except SESSION_ERRORS as error:
             raise CompressError(f"ONNX Runtime cannot run {file}: {first_line(error)}") from error
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).float()
-
-
-def read(path: Path) -> bytes:
-    """The file's bytes; a session on them can reach no other file.
-
-    Raises:
-        CompressError: the file cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CompressError(f"cannot read {path.name}: {error.strerror}") from error
-
-
-def check_head(rebuilt: Tensor, logits: Tensor, tolerance: float, file: str) -> None:
-    """Refuse a head that does not give the file's logits.
-
-    Raises:
-        CompressError: further apart than `tolerance` times the largest logit (at least 1).
-    """
-    if rebuilt.shape != logits.shape:
-        raise CompressError(f"head of {file}: gives {tuple(rebuilt.shape)}, logits are {tuple(logits.shape)}")
-    difference = float((rebuilt - logits).abs().max())
-    limit = tolerance * max(1.0, float(logits.abs().max()))
-    if not difference <= limit:  # NaN fails too
-        raise CompressError(f"head of {file}: its logits are off by {difference:.3g}, limit {limit:.3g}")
-
-
-def first_line(error: BaseException) -> str:
-    """The reason without the traceback that libraries append."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
