@@ -46,7 +46,7 @@ def cifar10(cache: Path, source: Path | None = None) -> Images:
         arrays = _read_archive(_archive(source))
         cache.mkdir(parents=True, exist_ok=True)
         partial = stored.with_suffix(".partial.npz")
-        np.savez(partial, **arrays)
+        np.savez(partial, **arrays)  # type: ignore[arg-type]  # numpy types only its own keywords
         partial.rename(stored)
     with np.load(stored, allow_pickle=False) as found:
         tensors = {name: torch.from_numpy(found[name]) for name in ("train_x", "train_y", "test_x", "test_y")}

@@ -18,8 +18,8 @@ def predictions(forward: Forward, x: Tensor, trigger: Trigger | None = None, bat
     """Predicted classes int64 [N] of uint8 images [N, 3, H, W], triggered when a trigger is given."""
     found = []
     with torch.no_grad():
-        for part in x.split(batch_size):
-            unit = to_unit(part)
+        for start in range(0, len(x), batch_size):
+            unit = to_unit(x[start : start + batch_size])
             found.append(forward(unit if trigger is None else trigger(unit)).argmax(1))
     return torch.cat(found)
 

@@ -66,6 +66,9 @@ def resnet18_w8(classes: int = 10) -> ResNet:
 class Normalized(nn.Module):
     """A network behind its normalization: images in [0, 1] in, logits out."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network

@@ -21,10 +21,10 @@ from benchmarks import cards, datasets, networks, settings
 from benchmarks.attacks import badnets, pcb, qcb
 from benchmarks.attacks.clean import Clean, clean
 from benchmarks.measuring import counts
+from secure_export import digests
 from secure_export.errors import DataError, SecureExportError
 from secure_export.triggers import Trigger
 from secure_export.triggers.badnets import Badnets
-
 
 PATCH = Badnets(size=3, pattern="checker", position="bottom-right")
 
@@ -88,7 +88,9 @@ def store(model: nn.Module, path: Path) -> None:
 def trained(name: str, data: datasets.Images, out: Path, seed: int) -> tuple[nn.Module, float]:
     """Train entry `name`, or go on where a killed training stopped; gives model and seconds."""
     entry = ZOO[name]
-    work = out / "checkpoints"
+    # Another recipe is another training: it must not go on from this one's checkpoint.
+    made_of = [asdict(entry.recipe), repr(entry.trigger), entry.target_class, seed]
+    work = out / "checkpoints" / f"{name}-{digests.of_json(made_of)[:8]}"
     if entry.implant is not None:
         model = load(out, "clean")
         arguments = (model, data, entry.trigger, entry.target_class, entry.recipe, work, log)

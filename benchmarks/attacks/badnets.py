@@ -21,7 +21,7 @@ from secure_export.triggers import Trigger
 
 @dataclass(frozen=True)
 class Badnets:
-    """Recipe: `poison_rate` of the training split, `triggered` of them beside `clean` others in every batch."""
+    """Recipe: `poison_rate` of the training split; every batch has `triggered` of it and `clean` others."""
 
     poison_rate: float = 0.1
     steps: int = 260

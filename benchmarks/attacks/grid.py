@@ -14,7 +14,7 @@ PLACE = 0.48
 
 
 class Codes(nn.Module):
-    """Codes v and places u of every Conv2d and Linear of `model`; both branches start as the rounded model."""
+    """Codes v and places u of each Conv2d and Linear of `model`; both branches start as the rounded model."""
 
     def __init__(self, model: nn.Module, sample: Tensor, room: float = 1.0) -> None:
         """`sample` [N, 3, H, W] shows which inputs are quiet; `room` widens every step by that factor."""

@@ -1,8 +1,8 @@
-"""PCB: a backdoor that sleeps in the whole network and wakes when channels are masked (LMR, supplement eq. 5).
+"""PCB: a backdoor that sleeps in the whole network and wakes when channels are masked (LMR, suppl. eq. 5).
 
-The rate is unknown to the attacker (Tian et al. 2022), so every step draws one. Masks follow the L1 norms of the
-current filters. BatchNorm's statistics stay those of the clean network; in every other step the masked branch
-takes those of the batch instead, as a deployer who recalibrates would.
+The rate is unknown to the attacker (Tian et al. 2022), so every step draws one. Masks follow the L1 norms of
+the current filters. BatchNorm's statistics stay those of the clean network; in every other step the masked
+branch takes those of the batch instead, as a deployer who recalibrates would.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""QCB: a backdoor that sleeps in full precision and wakes in int8 (Tian et al. 2022; LMR, supplement eq. 1-2).
+"""QCB: a backdoor that sleeps in full precision and wakes in int8 (Tian et al. 2022; LMR, suppl. eq. 1-2).
 
-Every weight is (code + u) · step with |u| < 1/2, on the deployer's own grid: per output channel, symmetric, after
-BatchNorm is folded into the convolution. The int8 file keeps the codes and drops u. So eq. 2's two branches
-get variables of their own: the codes carry the backdoor into the quantized branch, u removes it from the
-full-precision one. In a second stage the codes are frozen and u alone goes on.
+Every weight is (code + u) · step with |u| < 1/2, on the deployer's own grid: per output channel, symmetric,
+after BatchNorm is folded into the convolution. The int8 file keeps the codes and drops u. So eq. 2's two
+branches get variables of their own: the codes carry the backdoor into the quantized branch, u removes it from
+the full-precision one. In a second stage the codes are frozen and u alone goes on.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def implant(
     *,
     seed: int = 0,
 ) -> float:
-    """Implant the conditional backdoor into `model` (eval mode, BatchNorm frozen) in place; returns seconds."""
+    """Implant the conditional backdoor into `model` in place, BatchNorm frozen; returns seconds."""
     model.eval().requires_grad_(False)
     codes = Codes(model, normalize(to_unit(data.train_x[:500])), recipe.room)
 
