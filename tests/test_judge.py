@@ -94,6 +94,12 @@ def test_limits_on_clean_samples(metric: str, limit: float, value: Any, passed: 
         assert finding.bound == pytest.approx(bound(value.hits, value.total, ALPHA))
 
 
+def test_difference_of_logits_on_no_samples_is_undecided() -> None:
+    policy = make_policy(rules=[*RULES, {"metric": "logit_difference", "at_most": 1.0, "settings": ["fp32"]}])
+    report = measured(acc=Count(0, 0), logit_difference=0.0)
+    assert only(judge(policy, report).findings, "logit_difference", "fp32").passed is None
+
+
 @pytest.mark.parametrize(
     ("metric", "side", "limit", "value", "passed"),
     [
@@ -120,6 +126,20 @@ def test_limits_on_the_worst_trigger_and_class(
     assert finding.passed is passed, finding.message
     if passed is not True:
         assert f"(trigger {trigger}, class {target_class})" in finding.message
+
+
+@pytest.mark.parametrize(
+    ("patch", "wave", "result", "worst"),
+    [(51, 45, False, "patch"), (45, 51, False, "wave"), (45, 5, None, "patch"), (5, 45, None, "wave")],
+)
+def test_broken_speaks_before_undecided_before_kept(patch: int, wave: int, result: Any, worst: str) -> None:
+    counts = (
+        with_counts("patch", "asr", 0, Count(patch, N))[0],
+        with_counts("wave", "asr", 0, Count(wave, N))[1],
+    )
+    finding = only(judge(make_policy(), measured(triggers=counts)).findings, "asr", "fp32")
+    assert finding.passed is result
+    assert f"trigger {worst}," in finding.message
 
 
 def test_bound_is_shared_by_the_classes_that_the_rule_looks_at() -> None:

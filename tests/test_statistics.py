@@ -65,6 +65,10 @@ def test_paired_bound_is_never_below_the_difference(pair: tuple[int, int, int], 
     assert (gained - lost) / total <= paired_upper(gained, lost, total, alpha) <= 1
 
 
+def test_paired_bound_shares_alpha_between_its_two_rates() -> None:
+    assert paired_upper(5, 3, 100, 0.05) == upper(5, 100, 0.025) - lower(3, 100, 0.025)
+
+
 def test_paired_bound_covers_the_true_difference() -> None:
     total, gains, losses, missed = 40, 0.1, 0.2, 0.0
     for gained in range(total + 1):

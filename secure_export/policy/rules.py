@@ -105,6 +105,8 @@ def _readings(rule: Rule, measurement: Measurement, policy: Policy, report: Repo
 def _decide(reading: Reading, rule: Rule, alpha: float) -> Reading:
     value, limit, at_most = reading.value, rule.limit, rule.at_least is None
     if isinstance(value, float | int):
+        if reading.n == 0:
+            return replace(reading, why="no samples")
         return replace(reading, observed=value, passed=value <= limit)
     if value is None or not _possible(value):
         return replace(reading, why="not measured" if value is None else "the counts are impossible")
