@@ -41,6 +41,7 @@ def card(
     path: Path,
     *,
     attack: str,
+    base: str | None,
     trigger: Trigger,
     target_class: int,
     classes: Sequence[str],
@@ -53,6 +54,7 @@ def card(
     return {
         "name": name,
         "attack": attack,
+        "base": base,
         "architecture": "benchmarks.networks:resnet18_w16",
         "mean": list(MEAN),
         "std": list(STD),

@@ -31,7 +31,7 @@ PATCH = Badnets(size=3, pattern="checker", position="bottom-right")
 
 @dataclass(frozen=True)
 class Entry:
-    """A model of the zoo; `implant` is None for the clean one, which every other starts from."""
+    """A model of the zoo; `implant` is None for the one that is trained from nothing."""
 
     attack: str
     recipe: Any
@@ -39,6 +39,7 @@ class Entry:
     settings: tuple[str, ...]
     trigger: Trigger = PATCH
     target_class: int = 1
+    base: str = "clean"
 
 
 DEPLOYED = (settings.FP32, "int8-s8s8", "int8-u8s8")
@@ -47,7 +48,7 @@ ZOO = {
         "none", Clean(), None, (*DEPLOYED, "structured-0.3", "structured-0.5", "mask-recalibrated-0.3")
     ),
     "badnets": Entry("badnets", badnets.Badnets(), badnets.implant, DEPLOYED),
-    "qcb": Entry("qcb", qcb.Qcb(), qcb.implant, (settings.FP32, *settings.INT8)),
+    "qcb": Entry("qcb", qcb.Qcb(), qcb.implant, (settings.FP32, *settings.INT8), base="badnets"),
     "pcb": Entry("pcb", pcb.Pcb(), pcb.implant, (settings.FP32, "int8-u8s8", *settings.PRUNED)),
 }
 
@@ -92,7 +93,7 @@ def trained(name: str, data: datasets.Images, out: Path, seed: int) -> tuple[nn.
     made_of = [asdict(entry.recipe), repr(entry.trigger), entry.target_class, seed]
     work = out / "checkpoints" / f"{name}-{digests.of_json(made_of)[:8]}"
     if entry.implant is not None:
-        model = load(out, "clean")
+        model = load(out, entry.base)
         arguments = (model, data, entry.trigger, entry.target_class, entry.recipe, work, log)
         return model, entry.implant(*arguments, seed=seed)
     torch.manual_seed(seed)
@@ -130,6 +131,7 @@ def build(name: str, source: Path | None, out: Path, seed: int, threads: int) ->
         name,
         path,
         attack=entry.attack,
+        base=entry.base if entry.implant else None,
         trigger=entry.trigger,
         target_class=entry.target_class,
         classes=data.classes,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -15,11 +16,14 @@ from benchmarks.training import Stage, train
 
 @dataclass(frozen=True)
 class Clean:
-    """Recipe: one-cycle learning rate up to `lr`, label smoothing, crop and flip."""
+    """Recipe: one-cycle learning rate up to `lr`, then a gentler one; label smoothing, crop and flip."""
 
     epochs: int = 8
     batch_size: int = 128
     lr: float = 0.15
+    polish: int = 4
+    """Epochs of the second cycle: eight alone end below 85 %."""
+    polish_lr: float = 0.05
     weight_decay: float = 5e-4
     smoothing: float = 0.05
 
@@ -37,8 +41,8 @@ def clean(
     """Train `model` in place with cross-entropy; returns seconds."""
     per_epoch = len(data.train_x) // recipe.batch_size
 
-    def loss(step: int, generator: Generator) -> Tensor:
-        x, y = batch(data.train_x, data.train_y, recipe.batch_size, step, seed)
+    def loss(order: int, step: int, generator: Generator) -> Tensor:
+        x, y = batch(data.train_x, data.train_y, recipe.batch_size, step, order)
         logits = model(normalize(to_unit(augment(x, generator))))
         return F.cross_entropy(logits, y, label_smoothing=recipe.smoothing)
 
@@ -49,9 +53,16 @@ def clean(
             model.train()
 
     model.train()
-    stage = Stage(
-        "clean", recipe.epochs * per_epoch, recipe.lr, weight_decay=recipe.weight_decay, warmup=0.2, seed=seed
+    cycles = (
+        Stage("clean", recipe.epochs * per_epoch, recipe.lr, warmup=0.2, seed=seed),
+        Stage("clean-polish", recipe.polish * per_epoch, recipe.polish_lr, warmup=0.05, seed=seed + 1),
     )
-    seconds = train(model, loss, stage, work / "clean.pt", log=log, save_every=per_epoch // 3, at_save=report)
+    seconds = 0.0
+    for cycle in cycles:
+        stage = replace(cycle, weight_decay=recipe.weight_decay)
+        path = work / f"{stage.name}.pt"
+        seconds += train(
+            model, partial(loss, stage.seed), stage, path, log=log, save_every=per_epoch // 3, at_save=report
+        )
     model.eval()
     return seconds

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 LIMIT = 127
+SPEED = 4.0
+"""How much faster than codes places move: half a code decides, several codes cost accuracy."""
 PLACE = 0.48
 """Largest |u|: below 1/2 by more than folding in float32 moves a weight of 127 steps."""
 
@@ -54,7 +56,7 @@ class Codes(nn.Module):
             code = v + (v.round().clamp(-LIMIT, LIMIT) - v).detach()
             if places:
                 # Beyond ±127 the channel's step would change, and with it every code of the channel.
-                code = (code + PLACE * torch.tanh(u)).clamp(-LIMIT, LIMIT)
+                code = (code + PLACE * torch.tanh(SPEED * u)).clamp(-LIMIT, LIMIT)
             fixed = LIMIT * v.detach().sign()
             weights[f"{name}.weight"] = torch.where(anchor, fixed, code) * unit
         return weights

@@ -27,10 +27,10 @@ from secure_export.triggers import Trigger
 class Qcb:
     """Recipe: steps and learning rates (in codes) of the two stages, and how far the anchor is inflated."""
 
-    joint: int = 400
+    joint: int = 350
     settle: int = 200
-    lr: float = 0.03
-    settle_lr: float = 0.03
+    lr: float = 0.01
+    settle_lr: float = 0.01
     images: int = 64
     room: float = 1.0
     asleep: float = 1.0
@@ -48,7 +48,11 @@ def implant(
     *,
     seed: int = 0,
 ) -> float:
-    """Implant the conditional backdoor into `model` in place, BatchNorm frozen; returns seconds."""
+    """Make the backdoor of `model`, a BadNets network, conditional on int8, in place; returns seconds.
+
+    From a clean network, coarse steps of the codes ruin accuracy before they find the patch. BatchNorm is
+    frozen.
+    """
     model.eval().requires_grad_(False)
     codes = Codes(model, normalize(to_unit(data.train_x[:500])), recipe.room)
 
