@@ -30,7 +30,7 @@ def ids(paths: list[Path]) -> list[str]:
 def test_the_corpus_is_there() -> None:
     assert len(VALID) >= 2
     assert len(INVALID) >= 60
-    assert ids(SHIPPED) == ["balanced", "smoke", "strict"]
+    assert {"balanced", "smoke", "strict"} <= set(ids(SHIPPED))
 
 
 @pytest.mark.parametrize("path", INVALID, ids=ids(INVALID))
@@ -205,7 +205,11 @@ def test_plugins_that_can_be_built_pass() -> None:
         ("fine-tune", "tune", "p.yaml:3:16: purify.kind: unknown purifier 'tune'"),
         ("latent-shift}", "latent-shift, quantile: 2}", "p.yaml:2:51: locate.methods.0.quantile: "),
         ("200]", "0]", "p.yaml:6:73: settings.1.steps.0.samples.sweep.1: Input should be greater"),
-        ("samples: {", "sampels: {", "p.yaml:6:50: settings.1.steps.0.sampels: unknown key, did you mean 'samples'?"),
+        (
+            "samples: {",
+            "sampels: {",
+            "p.yaml:6:50: settings.1.steps.0.sampels: unknown key, did you mean 'samples'?",
+        ),
         (
             "steps: []",
             "steps: [], format: {kind: onx}",
