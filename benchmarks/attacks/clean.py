@@ -21,9 +21,9 @@ class Clean:
     epochs: int = 8
     batch_size: int = 128
     lr: float = 0.15
-    polish: int = 4
+    polish: int = 6
     """Epochs of the second cycle: eight alone end below 85 %."""
-    polish_lr: float = 0.05
+    polish_lr: float = 0.08
     weight_decay: float = 5e-4
     smoothing: float = 0.05
 
