@@ -75,17 +75,18 @@ class OrtStaticInt8(FileStep):
 
 
 class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime is untyped
-    """The first `samples` of a split, in batches of `batch_size`."""
+    """The first `samples` of a split in equal batches, because the histogram calibrations stack them."""
 
-    def __init__(self, split: Split, samples: int, batch_size: int = 50) -> None:
-        self.split, self.samples, self.batch_size = split, min(samples, len(split)), batch_size
+    def __init__(self, split: Split, samples: int, largest: int = 50) -> None:
+        self.split, self.samples = split, min(samples, len(split))
+        self.batch_size = max(size for size in range(1, largest + 1) if self.samples % size == 0)
         self.start = 0
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         """The next batch {"input": float32 [N, ...]}, or None at the end."""
         if self.start >= self.samples:
             return None
-        stop = min(self.start + self.batch_size, self.samples)
+        stop = self.start + self.batch_size
         inputs = self.split.floats(slice(self.start, stop)).numpy()
         self.start = stop
         return {"input": inputs}

@@ -22,7 +22,7 @@ class Recover(ModuleStep):
     """Knowledge distillation (Hinton et al. 2015) from the teacher's logits; labels are not used."""
 
     epochs: int = Field(10, ge=1, description="passes over the calibration split")
-    lr: float = Field(3e-3, gt=0, description="Adam's learning rate, falling to zero along a cosine")
+    lr: float = Field(3e-3, gt=0, le=1, description="Adam's learning rate, falling to zero along a cosine")
     temperature: float = Field(4.0, gt=0, description="softens both distributions")
     batch_size: int = Field(64, ge=2)
     flip: bool = Field(
