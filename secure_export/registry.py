@@ -86,3 +86,14 @@ def build(base: type[P], family: str, spec: Mapping[str, Any]) -> P:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise PolicyError(f"{where}: {first['msg']} (got {first['input']!r})") from error
+
+
+def describe(family: str, name: str) -> dict[str, Any]:
+    """A plug-in's summary line and its parameters with default and description, for people and tools."""
+    cls = load(family, name)
+    summary = (cls.__doc__ or "").strip().splitlines()[0] if cls.__doc__ else ""
+    fields = {
+        field: {"default": info.default, "description": info.description or ""}
+        for field, info in cls.model_fields.items()
+    }
+    return {"summary": summary, "parameters": fields}

@@ -12,6 +12,9 @@ from secure_export.report.markdown import to_markdown
 from secure_export.report.schema import dump_report
 
 
+FORMATS = {"json": "report.json", "markdown": "report.md", "html": "report.html"}
+
+
 def documents(report: Report) -> Mapping[str, bytes]:
     """File name to content: `report.json` is the source of truth, the others are drawn from it."""
     return {

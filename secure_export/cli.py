@@ -1,0 +1,302 @@
+"""The command line: parse, call, print, exit. No decision is made here.
+
+Heavy libraries are imported inside the commands, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from secure_export import __version__
+from secure_export.errors import NoVerdict, PolicyError, SecureExportError
+
+EXIT_CODES = """\b
+Exit codes:
+  0    released
+  1    unexpected (a bug)
+  2    usage, or a policy that cannot be used
+  3    refused: measured, and a rule does not hold; nothing is released
+  4    no verdict: something could not be loaded, measured or written, or too few samples
+  130  interrupted; the same command resumes
+"""
+OUTCOME_CODES = {"released": 0, "refused": 3, "no_verdict": 4}
+PACKAGED = (Path(__file__).parent / "policies", Path(__file__).parents[1] / "policies")
+"""Where shipped policies lie: in an installed package, and in a source checkout."""
+
+
+class Commands(click.Group):
+    """Turns what was raised into one line and an exit code; the only place that does."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click's, with this tool's errors and exit codes."""
+        try:
+            return super().invoke(ctx)
+        except SecureExportError as error:
+            click.echo(f"error: {error.message}", err=True)
+            if error.hint:
+                click.echo(f"hint: {error.hint}", err=True)
+            ctx.exit(error.exit_code)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("interrupted; the same command resumes", err=True)
+            ctx.exit(130)
+
+
+def env(name: str, *spellings: str, **options: Any) -> Any:
+    """An option that SECURE_EXPORT_<NAME> sets as well: flag before environment before policy file."""
+    variable = f"SECURE_EXPORT_{name.upper()}"
+    return click.option(*spellings, name, envvar=variable, show_envvar=True, **options)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+
+
+def policy_option(required: bool = True) -> Any:
+    """--policy, shared by the commands that read one."""
+    text = "Policy file, or the name of a shipped one: strict, balanced, smoke."
+    return env("policy", "--policy", "-p", required=required, help=text)
+
+
+@click.group(cls=Commands, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, package_name="secure-export")
+def main() -> None:
+    """Locate, purify and verify a classifier under compression; release only the files that were measured."""
+
+
+def subject_options(command: Any) -> Any:
+    """The options that say what to work on; every one may stand in the policy instead."""
+    for option in reversed(
+        [
+            env("model", "--model", "-m", help="Checkpoint: .safetensors, a state dict, or .pt2."),
+            env("arch", "--arch", "-a", help="timm:NAME, torchvision:NAME or package.module:factory."),
+            env("classes", "--classes", type=int, help="Number of classes."),
+            env("head", "--head", help="Qualified name of the head, where tracing cannot find it."),
+            env("mean", "--mean", help="Per channel, of inputs in [0, 1]: 0.49,0.48,0.45."),
+            env("std", "--std", help="Per channel: 0.25,0.24,0.26."),
+            env("data", "--data", "-d", help="Clean samples: a folder of class folders, .npz, or a factory."),
+            env("holdout_data", "--holdout-data", help="Where the holdout comes from, if not from --data."),
+            env("holdout", "--holdout", type=int, help="Samples for measuring; default all that are left."),
+            env("resize", "--resize", help="HEIGHTxWIDTH, for images of several sizes."),
+            env("seed", "--seed", type=int, help="Of splits, locators and purifiers."),
+            click.option("--no-purify", is_flag=True, help="Measure and judge the model as it is."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+@main.command(epilog=EXIT_CODES)
+@policy_option()
+@subject_options
+@env("out", "--out", "-o", type=click.Path(path_type=Path), help="Run directory; default runs/POLICY-MODEL.")
+@json_option
+@click.option("--quiet", "-q", is_flag=True, help="No progress.")
+def run(policy: str, out: Path | None, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Do the whole job, and release the files only when every rule of the policy holds.
+
+    The run directory gets report.json, report.html, report.md, and release/ when the verdict approves. The
+    same command on the same run directory goes on where it was stopped.
+    """
+    from secure_export.console import conclusion, showing, table
+
+    loaded = _policy(policy, given)
+    folder = out or Path("runs") / f"{Path(policy).stem}-{Path(loaded.subject.model or 'model').stem}"
+    with showing(quiet) as progress:
+        from secure_export import pipeline
+
+        report = pipeline.run(loaded, folder, progress=progress)
+    if as_json:
+        _print_verdict(report.verdict)
+    else:
+        click.echo(table(report))
+    for line in conclusion(report, str(folder)):
+        click.echo(line, err=True)
+    click.get_current_context().exit(OUTCOME_CODES[report.verdict.outcome])
+
+
+@main.command(epilog=EXIT_CODES)
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@policy_option()
+@json_option
+def judge(run_dir: Path, policy: str, as_json: bool) -> None:
+    """Judge the measurements of RUN_DIR again under another policy, without torch. Releases nothing."""
+    from secure_export.console import finding_line
+    from secure_export.policy import judge as judged
+    from secure_export.report.schema import load_report
+
+    verdict = judged(_policy(policy, {}), load_report(_report_of(run_dir)))
+    if as_json:
+        _print_verdict(verdict)
+    else:
+        for finding in verdict.findings:
+            click.echo(finding_line(finding))
+        click.echo({"released": "would be released"}.get(verdict.outcome, verdict.outcome.replace("_", " ")))
+    click.get_current_context().exit(OUTCOME_CODES[verdict.outcome])
+
+
+@main.command()
+@policy_option()
+@subject_options
+def validate(policy: str, **given: Any) -> None:
+    """Check a policy and its plug-ins, and say what a run would do. Measures nothing."""
+    from secure_export.policy import check_plugins
+
+    loaded = _policy(policy, given)
+    check_plugins(loaded)
+    for label, path in (("model", loaded.subject.model), ("data", loaded.data.path)):
+        if path and ":" not in path and not Path(path).exists():
+            raise NoVerdict(f"{label}: no such file or folder: {path}")
+    settings = loaded.expanded_settings()
+    shipped = [setting.name for setting in settings if setting.released]
+    click.echo(
+        f"{loaded.path}: {len(settings)} settings, {len(loaded.triggers)} triggers, "
+        f"{len(loaded.rules)} rules; releases {', '.join(shipped)}"
+    )
+    for setting in settings:
+        steps = " → ".join(str(step["kind"]) for step in setting.steps) or "full precision"
+        click.echo(f"  {setting.name}: {steps} → {setting.format['kind']}")
+
+
+@main.command("list")
+@click.argument("family", required=False)
+@click.option("--schema", type=click.Choice(["report", "policy"]), help="Print a JSON schema instead.")
+@json_option
+def list_(family: str | None, schema: str | None, as_json: bool) -> None:
+    """What a policy can name: plug-ins by FAMILY, with their parameters."""
+    from secure_export import registry
+
+    if schema:
+        click.echo(json.dumps(_schema(schema), indent=2))
+        return
+    if family is not None and family not in registry.FAMILIES:
+        raise PolicyError(f"no family {family!r}", hint=f"known: {', '.join(registry.FAMILIES)}")
+    families = [family] if family else list(registry.FAMILIES)
+    found = {
+        name: {kind: registry.describe(name, kind) for kind in registry.names(name)} for name in families
+    }
+    if as_json:
+        click.echo(json.dumps(found, indent=2, default=str))
+        return
+    for name, kinds in found.items():
+        click.echo(name)
+        for kind, described in kinds.items():
+            click.echo(f"  {kind}: {described['summary']}")
+            for parameter, field in described["parameters"].items():
+                click.echo(f"      {parameter} = {field['default']}  {field['description']}")
+
+
+@main.command()
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default=Path())
+def init(folder: Path) -> None:
+    """Write a commented policy.yaml to start from into FOLDER. Never overwrites."""
+    target = folder / "policy.yaml"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with target.open("x", encoding="utf-8") as file:
+            file.write(_found("strict").read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise PolicyError(f"{target} exists", hint="name another folder") from None
+    except OSError as error:
+        raise PolicyError(f"{target}: cannot be written: {error.strerror}") from error
+    click.echo(f"{target} written; next: secure-export validate --policy {target}")
+
+
+@main.command(epilog=EXIT_CODES)
+@click.option("--out", "-o", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
+@click.option("--quiet", "-q", is_flag=True, help="No progress.")
+def demo(out: Path, quiet: bool) -> None:
+    """The whole job on handwritten digits, offline: plant two backdoors, find, purify, sweep, release."""
+    from secure_export.console import showing
+
+    with showing(quiet) as progress:
+        from secure_export.demo import run_demo
+
+        code = run_demo(out, progress, click.echo)
+    click.get_current_context().exit(code)
+
+
+@main.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--format", "form", type=click.Choice(["html", "markdown", "json"]), default="html")
+@click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="Default: stdout.")
+def report(run_dir: Path, form: str, output: Path | None) -> None:
+    """Draw the report of RUN_DIR again from its report.json."""
+    from secure_export.report.documents import FORMATS, documents
+    from secure_export.report.schema import load_report
+
+    content = documents(load_report(_report_of(run_dir)))[FORMATS[form]]
+    if output is None:
+        click.echo(content.decode())
+        return
+    try:
+        output.write_bytes(content)
+    except OSError as error:
+        raise NoVerdict(f"{output}: cannot be written: {error.strerror}") from error
+
+
+def _policy(name: str, given: dict[str, Any]) -> Any:
+    from secure_export.policy import load_policy
+
+    return load_policy(_found(name), _overrides(given))
+
+
+def _found(name: str) -> Path:
+    """The file `name`, or the shipped policy of that name."""
+    path = Path(name)
+    if path.exists() or path.suffix:
+        return path
+    shipped = [folder / f"{name}.yaml" for folder in PACKAGED if (folder / f"{name}.yaml").is_file()]
+    return shipped[0] if shipped else path
+
+
+def _overrides(given: dict[str, Any]) -> dict[str, Any]:
+    """Flags and environment as dotted keys of the policy; what was not given is left to the file."""
+    keys = {
+        "model": "subject.model",
+        "arch": "subject.architecture",
+        "classes": "subject.classes",
+        "head": "subject.head",
+        "data": "data.path",
+        "holdout_data": "data.holdout_path",
+        "holdout": "data.holdout",
+        "seed": "seed",
+    }
+    overrides = {key: given[name] for name, key in keys.items() if given.get(name) is not None}
+    for name in ("mean", "std"):
+        if given.get(name):
+            overrides[f"subject.{name}"] = _numbers(given[name], ",", float, f"--{name}")
+    if given.get("resize"):
+        overrides["data.resize"] = _numbers(given["resize"].lower(), "x", int, "--resize")
+    if given.get("no_purify"):
+        overrides["purify"] = None
+    return overrides
+
+
+def _numbers(text: str, separator: str, kind: type, option: str) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(separator)]
+    except ValueError:
+        raise PolicyError(f"{option}: got {text!r}, expected numbers with {separator!r} between") from None
+
+
+def _report_of(run_dir: Path) -> Path:
+    return run_dir / "report.json" if run_dir.is_dir() else run_dir
+
+
+def _schema(which: str) -> dict[str, Any]:
+    if which == "report":
+        from secure_export.report.schema import json_schema
+
+        return json_schema()
+    from secure_export.policy import Policy
+
+    return Policy.model_json_schema()
+
+
+def _print_verdict(verdict: Any) -> None:
+    from dataclasses import asdict
+
+    click.echo(json.dumps(asdict(verdict), indent=2))
