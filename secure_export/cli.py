@@ -6,6 +6,7 @@ Heavy libraries are imported inside the commands, so that --help answers at once
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,10 @@ class Commands(click.Group):
             ctx.exit(130)
 
 
-def env(name: str, *spellings: str, **options: Any) -> Any:
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def env(name: str, *spellings: str, **options: Any) -> Decorator:
     """An option that SECURE_EXPORT_<NAME> sets as well: flag before environment before policy file."""
     variable = f"SECURE_EXPORT_{name.upper()}"
     return click.option(*spellings, name, envvar=variable, show_envvar=True, **options)
@@ -54,10 +58,10 @@ def env(name: str, *spellings: str, **options: Any) -> Any:
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 
 
-def policy_option(required: bool = True) -> Any:
+def policy_option() -> Decorator:
     """--policy, shared by the commands that read one."""
     text = "Policy file, or the name of a shipped one: strict, balanced, smoke."
-    return env("policy", "--policy", "-p", required=required, help=text)
+    return env("policy", "--policy", "-p", required=True, help=text)
 
 
 @click.group(cls=Commands, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
@@ -66,7 +70,7 @@ def main() -> None:
     """Locate, purify and verify a classifier under compression; release only the files that were measured."""
 
 
-def subject_options(command: Any) -> Any:
+def subject_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that say what to work on; every one may stand in the policy instead."""
     for option in reversed(
         [
