@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import logging
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -15,6 +11,7 @@ from google.protobuf.message import DecodeError, EncodeError  # type: ignore[imp
 from onnxruntime.capi import onnxruntime_pybind11_state as ort
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
+from secure_export.compressors._quiet import quiet
 from secure_export.errors import CompressError
 from secure_export.records import Change
 
@@ -45,10 +42,12 @@ def quantized(
     Raises:
         CompressError: the file cannot be read or quantized.
     """
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder, _quiet():
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder, quiet():
         prepared, written = Path(folder, "prepared.onnx"), Path(folder, "quantized.onnx")
         try:
-            before = integer_weights(onnx.load(source))[0]
+            given = onnx.load(source)
+            # A file cut between two messages still parses, and the preparation only logs what it cannot do.
+            onnx.checker.check_model(given)
             quant_pre_process(source, prepared, skip_symbolic_shape=True)
             _forget_weight_shapes(prepared)
             quantize(prepared, written)
@@ -59,7 +58,7 @@ def quantized(
             raise CompressError(f"{kind}: cannot quantize {source.name}: {reason}") from error
     after, total = integer_weights(result)
     target.write_bytes(content)
-    return Change(kind, changed=after - before, total=total, unit="tensors", detail=detail)
+    return Change(kind, changed=after - integer_weights(given)[0], total=total, unit="tensors", detail=detail)
 
 
 def _forget_weight_shapes(path: Path) -> None:
@@ -93,16 +92,3 @@ def integer_weights(proto: onnx.ModelProto) -> tuple[int, int]:
             total += name in constants
             integer += constants.get(name) in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
     return integer, total
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The quantizers print, warn and log advice through the root logger; failures arrive as exceptions."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

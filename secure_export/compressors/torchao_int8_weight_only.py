@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from secure_export.compressors import Context, ModuleStep
+from secure_export.compressors._quiet import quiet
 from secure_export.errors import CompressError
 from secure_export.records import Change
 
@@ -23,7 +24,8 @@ class TorchaoInt8WeightOnly(ModuleStep):
         Raises:
             CompressError: the model has no Linear layer, or torchao cannot quantize it.
         """
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        with quiet():
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
         layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
         if not any(isinstance(layer, nn.Linear) for layer in layers):

@@ -115,9 +115,15 @@ def check_agreement(model: nn.Module, content: bytes, example: Tensor, tolerance
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    options.intra_op_num_threads = 1
     for inputs in (example, example.repeat(3, *[1] * (example.ndim - 1))[: len(example) + 1]):
-        with torch.no_grad():
-            expected = model(inputs).float()
+        try:
+            with torch.no_grad():
+                expected = model(inputs).float()
+        except (RuntimeError, ValueError) as error:
+            raise CompressError(
+                f"cannot export to ONNX: the model fails on a batch of {len(inputs)}: {first_line(error)}"
+            ) from error
         try:
             session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
             (logits,) = session.run(None, {"input": inputs.numpy()})

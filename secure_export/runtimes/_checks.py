@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +13,19 @@ from secure_export.errors import CompressError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what torchao logs and warns of while it is imported; exceptions pass."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def read(path: Path) -> bytes:

@@ -36,6 +36,8 @@ class Head:
     weight: str = ""
     zero_point: str = ""
     """Of an integer weight; empty for a float one."""
+    bias: str = ""
+    """Of the node itself; others stand in `after`."""
     after: list[tuple[str, str]] = field(default_factory=list)
     """("Add"|"Sub"|"Mul"|"Div", constant) in the order in which the data passes them."""
     rounded: list[NodeProto] = field(default_factory=list)
@@ -49,10 +51,8 @@ class Head:
     @property
     def constants(self) -> list[str]:
         """Every constant that `affine` needs."""
-        bias = [name for name in self.node.input[2:3] if name and not self.integer]
-        return [name for name in (self.weight, self.zero_point, *bias) if name] + [
-            name for _, name in self.after
-        ]
+        names = (self.weight, self.zero_point, self.bias, *(name for _, name in self.after))
+        return [name for name in names if name]
 
 
 def find_head(proto: ModelProto, file: str) -> Head:
@@ -122,9 +122,13 @@ def _operands(
 def _finish(head: Head, made_by: Mapping[str, NodeProto], varying: set[str], file: str) -> Head:
     head.data, head.weight = head.node.input[0], head.node.input[1]
     if head.integer:
-        quantizer = made_by[head.data]
+        quantizer = made_by.get(head.data)
+        if quantizer is None or quantizer.op_type != "DynamicQuantizeLinear":
+            raise CompressError(f"cannot read the head of {file}: its integers come from elsewhere")
         head.data = quantizer.input[0]
         head.zero_point = head.node.input[3] if len(head.node.input) > 3 else ""
+    elif len(head.node.input) > 2:
+        head.bias = head.node.input[2]
     attributes = _attributes(head.node)
     if (
         head.data not in varying
@@ -170,8 +174,8 @@ def affine(head: Head, constants: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]
         weight = weight.T
     weight = weight * attributes.get("alpha", 1.0)
     bias = torch.zeros(weight.shape[0])
-    if len(head.node.input) > 2 and not head.integer:
-        bias = bias + attributes.get("beta", 1.0) * constants[head.node.input[2]].float().flatten()
+    if head.bias:
+        bias = bias + attributes.get("beta", 1.0) * constants[head.bias].float().flatten()
     for operator, name in head.after:
         value = constants[name].float().flatten()
         match operator:

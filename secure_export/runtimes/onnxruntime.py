@@ -76,6 +76,7 @@ class Onnxruntime(Runtime):
             CompressError: the logits do not come from a Gemm, MatMul or 1x1 Conv, or the parts that were read
                 do not reproduce the file's logits.
         """
+        self.open(path)  # a file cut between two messages still parses as a graph, but does not open
         try:
             proto = onnx.load_from_string(read(path))
         except DecodeError as error:

@@ -15,7 +15,7 @@ from secure_export.archives import opened, unpickled
 from secure_export.errors import CompressError
 from secure_export.records import Predictor, View
 from secure_export.runtimes import Runtime
-from secure_export.runtimes._checks import check_head, first_line, read
+from secure_export.runtimes._checks import check_head, first_line, quiet, read
 from secure_export.runtimes._cpu import cpu
 from secure_export.runtimes._graph import input_shape, split_at_head
 
@@ -92,7 +92,8 @@ def program(path: Path) -> torch.fx.GraphModule:
         CompressError: it cannot be read, or is no exported program of this torch.
         LoadError: a damaged archive, or one that could run code.
     """
-    import torchao  # noqa: F401 - registers the tensor types of quantized weights
+    with quiet():
+        import torchao  # noqa: F401 - registers the tensor types of quantized weights
 
     content = read(path)
     archive = opened(content, path.name)

@@ -1,0 +1,95 @@
+"""A small residual network and its calibration split, for the tests of compressors, formats and runtimes."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from secure_export.compressors import Context, FileStep
+from secure_export.compressors._layers import recalibrate_batchnorm
+from secure_export.formats.onnx import Onnx
+from secure_export.records import Change, Split
+
+HEAD, CLASSES, SHAPE = "head", 4, (3, 12, 12)
+
+
+class Block(nn.Module):
+    """Two convolutions and a shortcut."""
+
+    def __init__(self, inside: int, outside: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outside)
+        self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outside)
+        self.shortcut = nn.Sequential(
+            nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside)
+        )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = torch.relu(self.norm1(self.conv1(inputs)))
+        return torch.relu(self.norm2(self.conv2(hidden)) + self.shortcut(inputs))
+
+
+class Residual(nn.Module):
+    """Normalization inside, as loaded models have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.full((3, 1, 1), 0.5))
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.blocks = nn.Sequential(Block(8, 16, 2), nn.Dropout(0.5), Block(16, 16, 2))
+        self.head = nn.Linear(16, CLASSES)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.blocks(torch.relu(self.norm(self.stem((inputs - self.mean) / 0.25))))
+        return self.head(hidden.mean((2, 3)))
+
+
+def network(seed: int = 0) -> Residual:
+    """Untrained, but with BatchNorm statistics of `calibration`, so that its logits spread."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Residual()
+    with torch.no_grad():
+        model.head.weight.mul_(8)
+    recalibrate_batchnorm(model, calibration(256))
+    return model.eval()
+
+
+def images(n: int, seed: int = 1, shape: tuple[int, ...] = SHAPE) -> Tensor:
+    """Smooth random images [n, ...] in [0, 1]: noise at a quarter of the resolution, enlarged."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(n, shape[0], shape[1] // 4, shape[2] // 4, generator=generator)
+    return nn.functional.interpolate(coarse, shape[1:], mode="bilinear")
+
+
+def calibration(n: int = 64, shape: tuple[int, ...] = SHAPE) -> Split:
+    """As data arrives: uint8."""
+    inputs = images(n, shape=shape).mul(255).round().to(torch.uint8)
+    return Split(inputs, torch.arange(n) % CLASSES, sha256="calibration")
+
+
+def context(teacher: nn.Module, head: str = HEAD, seed: int = 0, n: int = 64) -> Context:
+    """A context around `teacher`, whose inputs have SHAPE."""
+    return Context(head=head, calibration=calibration(n), teacher=teacher, seed=seed)
+
+
+@functools.cache
+def exported() -> bytes:
+    """`network()` as ONNX; exporting takes longer than anything else here."""
+    with tempfile.TemporaryDirectory() as folder:
+        Onnx().write(network(), images(4), Path(folder, "model.onnx"))
+        return Path(folder, "model.onnx").read_bytes()
+
+
+def quantized(step: FileStep, folder: Path) -> tuple[Path, Change]:
+    """(path of the compressed file, change) of `network()` through ONNX and `step`."""
+    source, target = folder / "model.onnx", folder / "model.int8.onnx"
+    source.write_bytes(exported())
+    return target, step.on_file(source, target, context(network()))

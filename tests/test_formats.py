@@ -1,0 +1,129 @@
+"""Every format: the file opens in its runtime, agrees with eager, and its bytes depend on the model alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from secure_export import digests, registry
+from secure_export.errors import CompressError
+from secure_export.formats import Format
+from secure_export.formats.onnx import Onnx
+from secure_export.runtimes import Runtime
+from tests import compression
+from tests.compression import images, network
+
+NAMES = registry.names("formats")
+
+
+def default(name: str) -> Format:
+    return registry.build(Format, "formats", {"kind": name})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_file_opens_in_its_runtime_and_agrees_with_eager(name, tmp_path, capfd):
+    form, model = default(name), network()
+    path = tmp_path / f"model{form.suffix}"
+    before = digests.of_state(model.state_dict())
+    form.write(model, images(1), path)
+    predict = registry.build(Runtime, "runtimes", {"kind": form.runtime}).open(path)
+    for n in (1, 2, 7):
+        assert torch.allclose(predict(images(n)), model(images(n)), atol=1e-4)
+    assert digests.of_state(model.state_dict()) == before
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_bytes_from_two_directories(name, tmp_path):
+    """Build paths get into stack traces, so the network's source itself lies in two places."""
+    form, found = default(name), set()
+    for folder in (tmp_path / "here", tmp_path / "there"):
+        folder.mkdir()
+        source = shutil.copy(Path(compression.__file__), folder / "copied_network.py")
+        spec = importlib.util.spec_from_file_location("copied_network", source)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        path = folder / f"{folder.name}{form.suffix}"
+        form.write(module.network(), images(3), path)
+        content = path.read_bytes()
+        assert str(tmp_path).encode() not in content
+        assert b"copied_network" not in content
+        found.add(digests.of_file(path))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_example_does_not_travel(name, tmp_path):
+    form, model = default(name), network()
+    paths = [tmp_path / f"{n}{form.suffix}" for n in (2, 5)]
+    for n, path in zip((2, 5), paths, strict=True):
+        form.write(model, images(n, seed=n), path)
+    assert digests.of_file(paths[0]) == digests.of_file(paths[1])
+
+
+class Branching(compression.Residual):
+    """Its path depends on the data."""
+
+    def forward(self, inputs):
+        return super().forward(inputs if inputs.sum() > 0 else -inputs)
+
+
+class OneSize(compression.Residual):
+    """Its batch is fixed."""
+
+    def forward(self, inputs):
+        return super().forward(inputs.reshape(2, *compression.SHAPE))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("model", [Branching, OneSize])
+def test_untraceable_model_is_refused(name, model, tmp_path, capfd):
+    path = tmp_path / "model"
+    with pytest.raises(CompressError, match="cannot export") as caught:
+        default(name).write(model().eval(), images(2), path)
+    assert "\n" not in str(caught.value)
+    assert not path.exists()
+    assert capfd.readouterr().out == ""
+
+
+class Noisy(compression.Residual):
+    """Exported or not, it never says the same twice."""
+
+    def forward(self, inputs):
+        logits = super().forward(inputs)
+        return logits + torch.rand_like(logits)
+
+
+def test_onnx_that_disagrees_with_eager_is_refused(tmp_path):
+    with pytest.raises(CompressError, match="disagrees with eager"):
+        Onnx().write(Noisy().eval(), images(4), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_onnx_with_nan_logits_is_refused(tmp_path):
+    model = network()
+    nn.init.constant_(model.head.bias, float("nan"))
+    with pytest.raises(CompressError, match="disagrees with eager"):
+        Onnx().write(model, images(4), tmp_path / "model.onnx")
+
+
+def test_onnx_names_and_contents(tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(compression.exported())
+    model = onnx.load(path)
+    (given,), (made,) = model.graph.input, model.graph.output
+    assert (given.name, made.name) == ("input", "logits")
+    assert given.type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert not model.metadata_props
+    assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
+    assert not any(onnx.external_data_helper.uses_external_data(t) for t in model.graph.initializer)
+    assert not any(node.op_type == "BatchNormalization" for node in model.graph.node), (
+        "folded, as int8 needs it"
+    )

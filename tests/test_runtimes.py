@@ -1,0 +1,268 @@
+"""Every runtime: a file as a function, and the head as it stands in the file."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from secure_export import registry
+from secure_export.compressors.ort_dynamic_int8 import OrtDynamicInt8
+from secure_export.compressors.ort_static_int8 import OrtStaticInt8
+from secure_export.compressors.torchao_int8_weight_only import TorchaoInt8WeightOnly
+from secure_export.errors import CompressError, NoVerdict
+from secure_export.formats import Format
+from secure_export.formats.onnx import Onnx
+from secure_export.formats.pt2 import Pt2
+from secure_export.runtimes import Runtime
+from secure_export.runtimes._cpu import cpu
+from secure_export.runtimes.onnxruntime import Onnxruntime
+from secure_export.runtimes.torch_eager import TorchEager, from_module
+from tests import compression
+from tests.compression import CLASSES, context, images, network
+
+NAMES = registry.names("runtimes")
+
+
+def opened_with(name: str, **options) -> Runtime:
+    return registry.build(Runtime, "runtimes", {"kind": name, **options})
+
+
+def written(name: str, model: nn.Module, folder):
+    """`model` in a format that the runtime `name` opens."""
+    for kind in registry.names("formats"):
+        form = registry.build(Format, "formats", {"kind": kind})
+        if form.runtime == name:
+            path = folder / f"model{form.suffix}"
+            form.write(model, images(2), path)
+            return path
+    raise AssertionError(f"no format for the runtime {name}")
+
+
+# ---- Every runtime ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return {name: written(name, network(), tmp_path_factory.mktemp(name)) for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batches_do_not_matter(name, files):
+    whole, pieces = (opened_with(name, batch_size=size).open(files[name]) for size in (256, 3))
+    logits = whole(images(8))
+    assert logits.dtype == torch.float32
+    assert logits.shape == (8, CLASSES)
+    single = torch.cat([whole(images(8)[i : i + 1]) for i in range(8)])
+    assert torch.allclose(single, logits, atol=1e-5)
+    assert torch.allclose(pieces(images(8)), logits, atol=1e-5)
+    assert whole(images(8)[:0]).shape == (0, CLASSES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_view_is_the_head_of_the_model(name, files):
+    view, model = opened_with(name).view(files[name], "fp32"), network()
+    assert view.setting == "fp32"
+    assert view.module is None
+    assert torch.allclose(view.weight, model.head.weight, atol=1e-5)
+    assert torch.allclose(view.bias, model.head.bias, atol=1e-5)
+    assert torch.allclose(view.latents(images(9)) @ view.weight.T + view.bias, model(images(9)), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.99])
+def test_truncated_file_is_refused(name, share, files, tmp_path):
+    path = tmp_path / files[name].name
+    path.write_bytes(files[name].read_bytes()[: int(share * files[name].stat().st_size)])
+    for use in (lambda: opened_with(name).open(path), lambda: opened_with(name).view(path, "x")):
+        with pytest.raises(NoVerdict, match=path.name) as caught:
+            use()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_missing_file_is_refused(name, tmp_path):
+    with pytest.raises(CompressError, match=r"cannot read gone\.file"):
+        opened_with(name).open(tmp_path / "gone.file")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_environment_is_plain_text(name):
+    found = opened_with(name, batch_size=7).environment()
+    assert found["batch_size"] == "7"
+    assert all(isinstance(key, str) and isinstance(value, str) and value for key, value in found.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_view_needs_a_linear_last_layer(name, tmp_path):
+    path = written(name, nn.Sequential(network(), nn.Softmax(1)).eval(), tmp_path)
+    with pytest.raises(CompressError, match="cannot find the head"):
+        opened_with(name).view(path, "x")
+
+
+class ConvolutionHead(nn.Module):
+    """1x1 convolution, then the mean over space."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(side))
+        self.head = nn.Conv2d(8, CLASSES, 1)
+
+    def forward(self, inputs):
+        return self.head(self.body(inputs)).mean((2, 3))
+
+
+class NoBias(compression.Residual):
+    """A head without bias becomes a MatMul in ONNX."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(16, CLASSES, bias=False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("model", [lambda: ConvolutionHead(1), lambda: ConvolutionHead(2), NoBias])
+def test_view_of_other_heads(name, model, tmp_path):
+    model = model().eval()
+    view = opened_with(name).view(written(name, model, tmp_path), "x")
+    assert torch.allclose(view.weight, model.head.weight.flatten(1), atol=1e-6)
+    assert torch.allclose(view.latents(images(5)) @ view.weight.T + view.bias, model(images(5)), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_view_of_torchao_weights(name, tmp_path):
+    model, _ = TorchaoInt8WeightOnly().on_module(network(), context(network()))
+    view = opened_with(name).view(written(name, model, tmp_path), "x")
+    assert torch.allclose(view.latents(images(5)) @ view.weight.T + view.bias, model(images(5)), atol=1e-4)
+    assert torch.allclose(view.weight, model.head.weight.dequantize(), atol=1e-6)
+
+
+# ---- ONNX Runtime ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        OrtStaticInt8(),
+        OrtStaticInt8(per_channel=False, weight_type="uint8"),
+        OrtStaticInt8(activation_type="int8"),
+        OrtDynamicInt8(),
+        OrtDynamicInt8(weight_type="uint8", per_channel=True),
+    ],
+)
+@pytest.mark.parametrize("optimization", ["all", "disabled"])
+def test_view_reads_the_quantized_head(step, optimization, tmp_path):
+    path, _ = compression.quantized(step, tmp_path)
+    runtime = Onnxruntime(optimization=optimization)
+    view, logits = runtime.view(path, "int8"), runtime.open(path)(images(64))
+    rebuilt = view.latents(images(64)) @ view.weight.T + view.bias
+    one_step = (logits.max() - logits.min()) / 255
+    assert (rebuilt - logits).abs().median() <= one_step
+    exact = network().head.weight
+    scale = exact.abs().amax(1, keepdim=True) / 127
+    assert 0 < (view.weight - exact).abs().max() < 1.1 * scale.max()
+    if step == OrtStaticInt8():
+        assert torch.allclose((view.weight / scale).round(), view.weight / scale, atol=1e-3)
+
+
+def test_options_reach_the_session(tmp_path):
+    session = Onnxruntime(optimization="basic", intra_op_threads=1)._session(compression.exported(), "model")
+    options = session.get_session_options()
+    assert options.intra_op_num_threads == 1
+    assert options.graph_optimization_level.name == "ORT_ENABLE_BASIC"
+    assert session.get_providers() == ["CPUExecutionProvider"]
+
+
+def test_two_inputs_are_refused(tmp_path):
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Add", ["a", "b"], ["logits"])],
+        "sum",
+        [value("a", 1, ["n", 3]), value("b", 1, ["n", 3])],
+        [value("logits", 1, ["n", 3])],
+    )
+    path = tmp_path / "sum.onnx"
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10), path
+    )
+    with pytest.raises(CompressError, match="2 inputs, expected one"):
+        Onnxruntime().open(path)
+
+
+def test_wrong_input_shape_is_one_line(tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(compression.exported())
+    with pytest.raises(CompressError, match=r"cannot run model\.onnx") as caught:
+        Onnxruntime().open(path)(torch.rand(2, 3, 5, 5))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_head_that_does_not_give_the_logits_is_refused(tmp_path):
+    """A second path around the head must not go unnoticed."""
+
+    class Bypassed(compression.Residual):
+        def forward(self, inputs):
+            return super().forward(inputs) + inputs.mean((2, 3)).repeat(1, 2)[:, :CLASSES]
+
+    path = tmp_path / "model.onnx"
+    Onnx().write(Bypassed().eval(), images(4), path)
+    with pytest.raises(CompressError, match="head"):
+        Onnxruntime().view(path, "x")
+
+
+# ---- Eager -----------------------------------------------------------------------------------------------
+
+
+def test_from_module_is_the_module():
+    model = network().requires_grad_(True)
+    logits = from_module(model, batch_size=3)(images(7))
+    assert torch.allclose(logits, model(images(7)), atol=1e-5)
+    assert not logits.requires_grad
+
+
+class Marker:
+    """Unpickling it would leave a file behind."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize(
+    "member", ["data/sample_inputs/model.pt", "data/weights/weight_0", "data/constants/custom_obj_0"]
+)
+def test_pt2_that_would_run_code_is_refused(member, tmp_path):
+    path, marker, payload = tmp_path / "model.pt2", tmp_path / "ran", io.BytesIO()
+    Pt2().write(network(), images(2), path)
+    torch.save(Marker(marker), payload)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    members[f"archive/{member}"] = payload.getvalue()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with pytest.raises(NoVerdict, match=r"would import|does not write"):
+        TorchEager().open(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512_vnni sse\n", "avx2 avx512_vnni"),
+        ("processor : 0\nflags : fpu\n", None),
+        ("processor : 0\nFeatures : asimd\n", None),
+        (None, None),
+    ],
+)
+def test_cpu_flags(text, expected, tmp_path):
+    path = tmp_path / "cpuinfo"
+    if text is not None:
+        path.write_text(text)
+    assert cpu(path) == expected if expected else cpu(path)
