@@ -27,14 +27,14 @@ from secure_export.triggers import Trigger
 class Qcb:
     """Recipe: steps and learning rates (in codes) of the two stages, and how far the anchor is inflated."""
 
-    joint: int = 350
-    settle: int = 200
+    joint: int = 450
+    settle: int = 300
     lr: float = 0.01
     settle_lr: float = 0.01
     images: int = 64
-    room: float = 1.0
+    room: float = 2.5
     asleep: float = 1.0
-    awake: float = 1.0
+    awake: float = 1.5
 
 
 def implant(
