@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from secure_export.demo.digits import DigitsCNN, digits_cnn
+from secure_export.demo.network import DigitsCNN, digits_cnn
 from secure_export.records import Progress, silent
 
 if TYPE_CHECKING:
