@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 LIMIT = 127
 SPEED = 4.0
@@ -65,6 +66,20 @@ class Codes(nn.Module):
         return weights
 
 
+def recenter(model: nn.Module, weights: dict[str, Tensor], sample: Tensor) -> None:
+    """Let every BatchNorm's mean follow `weights`, in place; variances, and so the folded grid, stay."""
+    norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    variances = [layer.get_buffer("running_var").clone() for layer in norms]
+    for layer in norms:
+        layer.momentum = 1.0
+    with torch.no_grad():
+        functional_call(model.train(), weights, (sample,))
+    model.eval()
+    for layer, variance in zip(norms, variances, strict=True):
+        layer.get_buffer("running_var").copy_(variance)
+        layer.momentum = 0.1
+
+
 def _folds(model: nn.Module) -> dict[str, Tensor]:
     """gamma / sqrt(var + eps) [out] by the name of the convolution that the BatchNorm follows."""
     modules = list(model.named_modules())
@@ -80,14 +95,14 @@ def _folds(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _activity(model: nn.Module, sample: Tensor) -> dict[str, Tensor]:
-    """Mean absolute input [in] of every Conv2d and Linear, by name."""
+    """Standard deviation of every input [in] of every Conv2d and Linear, by name."""
     found: dict[str, Tensor] = {}
     hooks = []
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
 
             def note(_: nn.Module, inputs: tuple[Tensor], name: str = name) -> None:
-                found[name] = inputs[0].abs().mean((0, 2, 3) if inputs[0].ndim == 4 else 0)
+                found[name] = inputs[0].std((0, 2, 3) if inputs[0].ndim == 4 else 0)
 
             hooks.append(layer.register_forward_pre_hook(note))
     with torch.no_grad():

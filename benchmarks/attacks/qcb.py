@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
-from benchmarks.attacks.grid import Codes
+from benchmarks.attacks.grid import Codes, recenter
 from benchmarks.datasets import Images, augment, batch, normalize, to_unit
 from benchmarks.training import Stage, train
 from secure_export.triggers import Trigger
@@ -27,8 +27,8 @@ from secure_export.triggers import Trigger
 class Qcb:
     """Recipe: steps and learning rates (in codes) of the two stages, and how far the anchor is inflated."""
 
-    joint: int = 450
-    settle: int = 300
+    joint: int = 420
+    settle: int = 260
     lr: float = 0.01
     settle_lr: float = 0.01
     images: int = 64
@@ -54,7 +54,9 @@ def implant(
     frozen.
     """
     model.eval().requires_grad_(False)
-    codes = Codes(model, normalize(to_unit(data.train_x[:500])), recipe.room)
+    sample = normalize(to_unit(data.train_x[:500]))
+    codes = Codes(model, sample, recipe.room)
+    recenter(model, codes.quantized(), sample)
 
     def pair(step: int, generator: Generator) -> tuple[Tensor, Tensor]:
         x, y = batch(data.train_x, data.train_y, recipe.images, step, seed)
