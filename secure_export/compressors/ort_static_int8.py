@@ -39,7 +39,8 @@ class OrtStaticInt8(FileStep):
 
     per_channel: bool = Field(True, description="one weight scale per output channel instead of per tensor")
     calibration: Literal["minmax", "entropy", "percentile"] = Field(
-        "minmax", description="how the activation range is chosen from the calibration split"
+        "minmax",
+        description="how the activation range is chosen; with ONNX Runtime's own bins entropy equals minmax",
     )
     weight_type: Literal["int8", "uint8"] = Field("int8", description="int8 is symmetric, uint8 is not")
     activation_type: Literal["int8", "uint8"] = Field(
