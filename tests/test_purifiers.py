@@ -7,17 +7,20 @@ from functools import cache
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secure_export import registry
 from secure_export.errors import DataError, LoadError
-from secure_export.purifiers import Purifier, _training
+from secure_export.purifiers import Purifier, _inversion, _training, _views
 from secure_export.purifiers.fine_tune import FineTune
 from secure_export.purifiers.lmr import Lmr, delta_columns
+from secure_export.purifiers.lmr_plus import LmrPlus
 from secure_export.records import Purified, Split
 from tests import digits
 
 KINDS = registry.names("purifiers")
+QUICK = {"lmr-plus": {"rounds": 2, "steps": 8, "search_steps": 8}}
+"""What keeps a contract test short where the defaults do not."""
 
 
 @cache
@@ -25,9 +28,13 @@ def backdoored(head: str = "linear") -> digits.Digits:
     return digits.trained(poisoned=True, head=head)
 
 
+def build(kind: str) -> Purifier:
+    return registry.build(Purifier, "purifiers", {"kind": kind, **QUICK.get(kind, {})})
+
+
 @cache
 def purified(kind: str, head: str = "linear") -> Purified:
-    purifier = registry.build(Purifier, "purifiers", {"kind": kind})
+    purifier = build(kind)
     model = copy.deepcopy(backdoored(head))
     return purifier.purify(model, digits.HEAD, digits.TARGET, digits.fit_split(), seed=0)
 
@@ -54,7 +61,7 @@ def test_same_seed_same_model_and_the_global_stream_is_left_alone(kind: str) -> 
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    purifier = registry.build(Purifier, "purifiers", {"kind": kind})
+    purifier = build(kind)
     fit, model = digits.fit_split(), copy.deepcopy(backdoored())
     before = fit.inputs.clone()
     again = purifier.purify(model, digits.HEAD, digits.TARGET, fit, seed=0).model
@@ -73,7 +80,7 @@ def test_a_1x1_convolution_can_be_the_head(kind: str) -> None:
 def test_refuses_a_fit_split_without_the_class(kind: str) -> None:
     fit = digits.fit_split()
     others = fit.labels != digits.TARGET
-    purifier = registry.build(Purifier, "purifiers", {"kind": kind})
+    purifier = build(kind)
     with pytest.raises(DataError, match="0 of"):
         purifier.purify(
             copy.deepcopy(backdoored()),
@@ -87,7 +94,7 @@ def test_refuses_a_fit_split_without_the_class(kind: str) -> None:
 @pytest.mark.parametrize("head", ["nowhere", "body.0"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_refuses_a_head_that_is_none(kind: str, head: str) -> None:
-    purifier = registry.build(Purifier, "purifiers", {"kind": kind})
+    purifier = build(kind)
     with pytest.raises(LoadError, match=head):
         purifier.purify(copy.deepcopy(backdoored()), head, digits.TARGET, digits.fit_split(), seed=0)
 
@@ -174,3 +181,121 @@ def test_one_last_sample_does_not_make_a_batch() -> None:
 def test_head_may_sit_anywhere() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(4, 2)))
     assert _training.find_head(model, "1.0") is model[1][0]
+
+
+def test_lmr_plus_removes_what_fine_tuning_leaves() -> None:
+    purifier = LmrPlus(rounds=4, families=("patch",), lr=1e-3, per_sample=0.0)
+    result = purifier.purify(
+        copy.deepcopy(backdoored()), digits.HEAD, digits.TARGET, digits.fit_split(), seed=0
+    )
+    assert digits.asr(result.model) < 0.1
+    assert digits.acc(result.model) > digits.acc(backdoored()) - 0.03
+
+
+class Sequence1d(nn.Module):
+    """[N, C, T] without BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(2, 8, 5)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.conv(inputs).relu().mean(2))
+        return logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_need_not_be_images(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    fit = Split(torch.rand(60, 2, 40, generator=generator), torch.arange(60) % 3, "")
+    model = Sequence1d().eval()
+    result = build(kind).purify(model, "head", 1, fit, seed=0)
+    assert result.model(fit.inputs).isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["patch", "l2", "linf"])
+def test_searched_perturbations_keep_their_budget(family: str) -> None:
+    inputs = torch.rand(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(4, 192, generator=torch.Generator().manual_seed(1))
+    budget = torch.tensor([4.0, 9.0]) if family == "patch" else torch.tensor([0.1, 0.5])
+
+    def logits(batch: Tensor) -> Tensor:
+        return batch.flatten(1) @ weight.T
+
+    found = _inversion.universal(
+        [logits], inputs, 2, family, budget, steps=40, batch=32, generator=torch.Generator().manual_seed(2)
+    )
+    if family == "patch":
+        assert ((1 - found.keep).flatten(1).sum(1) <= budget + 1e-3).all()
+    elif family == "l2":
+        assert found.add.flatten(1).norm(dim=1) == pytest.approx(budget)
+    else:
+        assert (found.add.flatten(1).abs().amax(1) <= budget + 1e-6).all()
+    stamped = found.stamp(inputs, torch.arange(32) % 2)
+    assert stamped.min() >= 0
+    assert stamped.max() <= 1
+    before = (logits(inputs).argmax(1) == 2).float().mean()
+    assert _inversion.success(logits, inputs, 2, found)[1] > before + 0.2
+    again = _inversion.universal(
+        [logits],
+        inputs,
+        2,
+        family,
+        budget,
+        steps=0,
+        batch=32,
+        generator=torch.Generator().manual_seed(3),
+        start=found,
+    )
+    assert again.add == pytest.approx(found.add, abs=0.15)
+
+
+def test_perturbed_samples_stay_within_epsilon() -> None:
+    inputs = torch.rand(8, 5, generator=torch.Generator().manual_seed(0))
+    moved = _inversion.per_sample(
+        lambda x: x[:, :2] / 10, inputs, 0, 0.1, 3, torch.Generator().manual_seed(0)
+    )
+    assert (moved - inputs).abs().max() <= 0.1 + 1e-6
+    assert ((moved - inputs)[:, 0] >= 0).all()
+    assert ((moved - inputs)[:, 1] <= 0).all()
+
+
+def test_int8_view_rounds_each_output_channel_and_passes_gradients() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.27, 0.504, -0.116], [127.0, 50.4, 11.6]]))
+    rounded = _views.int8_weights(model)["0.weight"]
+    expected = torch.tensor([[1.27, 0.50, -0.12], [127.0, 50.0, 12.0]])
+    assert torch.allclose(rounded, expected, atol=1e-5)
+    rounded.sum().backward()
+    assert torch.equal(model[0].weight.grad, torch.ones(2, 3))
+
+
+def test_rounding_noise_redraws_the_side_of_a_threshold() -> None:
+    model = nn.Sequential(nn.Linear(4000, 1))
+    with torch.no_grad():
+        model[0].weight.fill_(0.51)
+        model[0].weight[0, 0] = 127
+    before = model[0].weight.clone()
+    _views.add_rounding_noise(model, 0.5, torch.Generator().manual_seed(0))
+    assert (model[0].weight - before).abs().max() <= 0.5
+    codes = (model[0].weight / _views.steps_of(model[0].weight)).round()[0, 1:]
+    assert 0.4 < float((codes == 0).float().mean()) < 0.6
+
+
+def test_masked_view_cuts_the_weakest_channels_and_leaves_the_model_alone() -> None:
+    model = copy.deepcopy(backdoored()).eval()
+    inputs = digits.fit_split().floats()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    norms = _views.followers(model, inputs[:2])
+    assert norms == {"body.0": "body.1", "body.4": "body.5"}
+    weights = _views.masked_weights(model, 0.5, norms, digits.HEAD)
+    strength = model.body[0].weight.flatten(1).abs().sum(1)
+    alive = weights["body.0.weight"].flatten(1).abs().sum(1) > 0
+    assert int(alive.sum()) == 8
+    assert strength[alive].min() >= strength[~alive].max()
+    assert (weights["body.1.bias"][~alive] == 0).all()
+    _views.View(model, "masked", weights)(inputs)
+    assert not any(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

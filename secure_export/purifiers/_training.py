@@ -128,6 +128,19 @@ def epoch_record(
 def sgd(
     parameters: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """SGD over what still requires a gradient."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    """SGD over all of them; a model may come frozen."""
+    trained = [parameter.requires_grad_(True) for parameter in parameters]
     return torch.optim.SGD(trained, lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+
+@contextmanager
+def channels_last(model: nn.Module, fit: Split) -> Iterator[None]:
+    """Images are convolved twice as fast on CPUs with channels last in memory; row-major again afterwards."""
+    images = fit.inputs.ndim == 4
+    if images:
+        model.to(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        if images:
+            model.to(memory_format=torch.contiguous_format)

@@ -1,0 +1,134 @@
+"""Compressed views of a model's weights, differentiable: what quantization and pruning would make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+Kind = Literal["full", "int8", "masked"]
+LEVELS = 127
+
+
+def weight_names(model: nn.Module) -> list[str]:
+    """Weights that quantizers round: of convolutions and linear layers."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+    return [f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, kinds)]
+
+
+def steps_of(weight: Tensor) -> Tensor:
+    """Quantization step per output channel (symmetric, 8 bits), broadcastable to `weight`.
+
+    Folding BatchNorm multiplies a whole output channel, so the codes are the same before and after.
+    """
+    peak = weight.detach().flatten(1).abs().amax(1).clamp(min=1e-12)
+    return (peak / LEVELS).view(-1, *[1] * (weight.ndim - 1))
+
+
+@torch.no_grad()
+def add_rounding_noise(model: nn.Module, share: float, generator: Generator) -> None:
+    """Uniform noise of +-share quantization steps on every weight.
+
+    A quantization-conditioned backdoor lives in the side of a rounding threshold that each weight lies on.
+    Half a step of noise draws that side anew and costs no more than 8-bit rounding itself.
+    """
+    for name in weight_names(model):
+        weight = model.get_parameter(name)
+        noise = 2 * torch.rand(weight.shape, generator=generator) - 1
+        weight.add_(share * steps_of(weight) * noise)
+
+
+def int8_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Weights rounded to 8 bits per output channel; the gradient passes straight through."""
+    rounded = {}
+    for name in weight_names(model):
+        weight = model.get_parameter(name)
+        step = steps_of(weight)
+        codes = (weight.detach() / step).round().clamp(-LEVELS, LEVELS)
+        rounded[name] = weight + (codes * step - weight.detach())
+    return rounded
+
+
+def masked_weights(model: nn.Module, ratio: float, norms: Mapping[str, str], head: str) -> dict[str, Tensor]:
+    """The weakest output channels (L1) of every convolution cut, in its BatchNorm too; not the head."""
+    masked = {}
+    for name, layer in model.named_modules():
+        if name == head or not isinstance(layer, nn.Conv1d | nn.Conv2d) or layer.groups != 1:
+            continue
+        strength = layer.weight.detach().flatten(1).abs().sum(1)
+        cut = strength.argsort()[: int(ratio * len(strength))]
+        alive = torch.ones_like(strength).index_fill_(0, cut, 0.0)
+        masked[f"{name}.weight"] = layer.weight * alive.view(-1, *[1] * (layer.weight.ndim - 1))
+        follower = norms.get(name, name)
+        for parameter in ("weight", "bias"):
+            full = f"{follower}.{parameter}"
+            present = getattr(model.get_submodule(follower), parameter, None) is not None
+            if present and full != f"{name}.weight":
+                masked[full] = model.get_parameter(full) * alive
+    return masked
+
+
+@torch.no_grad()
+def followers(model: nn.Module, inputs: Tensor) -> dict[str, str]:
+    """Convolution to the BatchNorm that reads its output, by name, seen in one pass over `inputs`."""
+    made: dict[int, str] = {}
+    kept: list[Tensor] = []
+    found: dict[str, str] = {}
+    handles = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv1d | nn.Conv2d):
+
+            def after(_: nn.Module, __: object, output: Tensor, name: str = name) -> None:
+                made[id(output)] = name
+                kept.append(output)  # alive, so that no other tensor gets its id
+
+            handles.append(layer.register_forward_hook(after))
+        elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+
+            def before(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+                if id(args[0]) in made:
+                    found[made[id(args[0])]] = name
+
+            handles.append(layer.register_forward_pre_hook(before))
+    try:
+        model(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+class View:
+    """Callable: raw inputs to logits under one drawn compression; weights stay those of the model."""
+
+    def __init__(self, model: nn.Module, kind: Kind, weights: Mapping[str, Tensor]) -> None:
+        self.model, self.kind, self.weights = model, kind, dict(weights)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        if self.kind == "full":
+            logits: Tensor = self.model(inputs)
+            return logits
+        if self.kind == "int8":
+            logits = functional_call(self.model, self.weights, (inputs,))
+            return logits
+        # Cut channels shift every later layer: batch statistics stand in for recalibration, on copies.
+        copies = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        norms = [m for m in self.model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+        for norm in norms:
+            norm.train()
+        try:
+            logits = functional_call(self.model, {**copies, **self.weights}, (inputs,))
+        finally:
+            for norm in norms:
+                norm.eval()
+        return logits
+
+    def detached(self) -> View:
+        """The same weights without their graph, for inner loops."""
+        return View(self.model, self.kind, {name: weight.detach() for name, weight in self.weights.items()})

@@ -1,0 +1,253 @@
+"""Margin repulsion where the backdoor is: on searched perturbations, in compressed views of the weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+
+from secure_export.purifiers import Purifier, _inversion, _training, _views
+from secure_export.purifiers._inversion import Budget, Family, Triggers
+from secure_export.purifiers._training import Augment
+from secure_export.purifiers._views import Kind, View
+from secure_export.records import Progress, Purified, Split, silent
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor, nn
+
+Pair = tuple[float, float]
+
+
+class LmrPlus(Purifier):
+    """Rounds of search and repulsion, held to the original model by distillation.
+
+    LMR's margin acts on clean samples, which do not excite the trigger's path. Here each round searches
+    universal perturbations into class c on a drawn view of the weights (full, int8, channels masked), then
+    trains: stamped samples must lose class c by a margin and keep the order of the other classes, clean
+    samples keep the original's answer. Defaults were chosen on calibration data (docs/purifiers.md).
+    """
+
+    rounds: int = Field(8, ge=1, description="searches, each followed by training")
+    steps: int = Field(30, ge=1, description="training steps a round")
+    batch_size: int = Field(64, ge=4, description="clean samples a step; as many stamped ones come on top")
+    lr: float = Field(3e-4, gt=0, description="Adam; falls to a tenth over the rounds")
+    noise: float = Field(0.5, ge=0, le=1, description="rounding noise at the start, in 8-bit steps")
+    margin: float = Field(2.0, ge=0, description="by which class c must lose on stamped samples (m1)")
+    drop: float = Field(1.0, ge=0, description="off class c in the original's answer where y != c")
+    repel: float = Field(1.0, ge=0, description="weight of the margin on stamped samples")
+    recover: float = Field(1.0, ge=0, description="weight of distillation on stamped samples")
+    temperature: float = Field(2.0, gt=0, description="of both distillations")
+    mix: float = Field(0.5, ge=0, le=1, description="share of clean samples that are mixed in pairs")
+    average: float = Field(0.98, ge=0, lt=1, description="decay of the average of weights that is returned")
+    families: tuple[Family, ...] = Field(("patch", "l2"), description="searched in turn; patch: images only")
+    per_sample: float = Field(0.25, ge=0, le=1, description="share of stamped samples moved singly (PGD)")
+    patch_area: Pair = Field(
+        (0.004, 0.02), description="mask mass as a share of the pixels: 4 to 20 of 32x32"
+    )
+    l2_rms: Pair = Field((0.01, 0.03), description="size of additive perturbations per input value")
+    linf: Pair = Field((0.02, 0.06), description="largest change per value; also of single samples")
+    search_steps: int = Field(50, ge=1, description="steps of one search")
+    search_batch: int = Field(96, ge=4, description="samples a step, over all perturbations of a search")
+    shared: bool = Field(True, description="perturbations must fool the original too")
+    width: int = Field(4, ge=1, description="perturbations searched side by side")
+    memory: int = Field(24, ge=1, description="perturbations remembered of each family")
+    views: tuple[float, float, float] = Field(
+        (0.5, 0.3, 0.2), description="odds of full precision, int8 and masked channels"
+    )
+    mask_ratio: Pair = Field((0.2, 0.9), description="share of channels that a masked view cuts")
+    augment: Augment = Field("auto", description="crop and flip; auto: images of at least 24 pixels a side")
+    flip: bool = Field(True, description="mirror images; false where mirroring changes the label (digits)")
+
+    def purify(
+        self,
+        model: nn.Module,
+        head: str,
+        target_class: int,
+        fit: Split,
+        *,
+        seed: int,
+        progress: Progress = silent,
+    ) -> Purified:
+        """Purify `model` of a backdoor into `target_class`, in any compression of it.
+
+        Raises:
+            DataError: fit holds no sample of the target class, or no other.
+            LoadError: `head` is no Linear or 1x1 Conv2d.
+        """
+        _training.find_head(model, head)
+        _training.check_fit(fit, target_class)
+        with _training.seeded(seed) as generator, _training.channels_last(model, fit):
+            run = _Run(self, model, head, target_class, fit, generator)
+            for done in range(self.rounds):
+                run.round(done)
+                progress("purify", done + 1, self.rounds)
+            history = run.finish()
+        return Purified(model.eval(), tuple(history))
+
+
+class _Run:
+    """The state of one purification."""
+
+    def __init__(
+        self, knobs: LmrPlus, model: nn.Module, head: str, target: int, fit: Split, generator: Generator
+    ) -> None:
+        self.knobs, self.model, self.head, self.target = knobs, model.eval(), head, target
+        self.fit, self.generator = fit, generator
+        self.others = fit.floats(fit.labels != target)
+        self.teacher = copy.deepcopy(model).requires_grad_(False)
+        _views.add_rounding_noise(model, knobs.noise, generator)
+        self.norms = _views.followers(model, self.others[:2])
+        self.families = [f for f in knobs.families if _inversion.applicable(f, self.others)] or ["l2"]
+        self.budget = Budget(knobs.patch_area, knobs.l2_rms, knobs.linf)
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=knobs.lr)
+        self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.found: dict[Family, Triggers] = {}
+        self.history: list[dict[str, float | str]] = []
+        self.step = 0
+
+    def round(self, number: int) -> None:
+        """Search on one drawn view, then train on what was found so far."""
+        family = self.families[number % len(self.families)]
+        self.model.requires_grad_(False)
+        triggers, reached = self.search(family)
+        self.model.requires_grad_(True)
+        earlier = self.found.get(family)
+        joined = triggers if earlier is None else earlier.joined(triggers)
+        self.found[family] = joined.last(self.knobs.memory)
+        losses = [self.train_step() for _ in range(self.knobs.steps)]
+        row = _training.epoch_record(
+            self.model, self.fit, self.target, f"repel-{family}", losses, self.knobs.margin
+        )
+        self.history.append({**row, "searched": reached})
+
+    def search(self, family: Family) -> tuple[Triggers, float]:
+        """New perturbations, and the best one's success on a part of the fit samples."""
+        knobs = self.knobs
+        kind, ratio = self.drawn_kind()
+        view, original = self.view(self.model, kind, ratio), self.view(self.teacher, kind, ratio)
+        budget = self.budget.draw(family, knobs.width, self.others.shape[1:], self.generator)
+        triggers = _inversion.universal(
+            [view, original] if knobs.shared else [view],
+            self.others,
+            self.target,
+            family,
+            budget,
+            steps=knobs.search_steps * (1 if family in self.found else 2),
+            batch=knobs.search_batch,
+            generator=self.generator,
+            start=self.warm(family),
+        )
+        return triggers, float(_inversion.success(view, self.others[:128], self.target, triggers).max())
+
+    def warm(self, family: Family) -> Triggers | None:
+        """Half of a search goes on from what was found: a rest of the backdoor lies near it."""
+        if family not in self.found:
+            return None
+        known = self.found[family]
+        index = torch.randperm(len(known), generator=self.generator)[: self.knobs.width // 2]
+        return Triggers(known.keep[index], known.add[index])
+
+    def drawn_kind(self) -> tuple[Kind, float]:
+        """One of the compressions, by the odds, and a ratio for those that cut."""
+        odds = torch.tensor(self.knobs.views)
+        kinds: tuple[Kind, ...] = ("full", "int8", "masked")
+        low, high = self.knobs.mask_ratio
+        ratio = low + (high - low) * float(torch.rand(1, generator=self.generator))
+        return kinds[int(torch.multinomial(odds, 1, generator=self.generator))], ratio
+
+    def view(self, model: nn.Module, kind: Kind, ratio: float) -> View:
+        """`model` under that compression."""
+        if kind == "int8":
+            return View(model, kind, _views.int8_weights(model))
+        if kind == "masked":
+            return View(model, kind, _views.masked_weights(model, ratio, self.norms, self.head))
+        return View(model, kind, {})
+
+    def train_step(self) -> float:
+        """One step on clean samples (always full precision) and on stamped ones (a drawn view)."""
+        knobs = self.knobs
+        total = knobs.rounds * knobs.steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = knobs.lr * (1 - 0.9 * self.step / total)
+        self.step += 1
+        clean, labels = self.clean_batch()
+        stamped, unstamped = self.stamped_batch()
+        with torch.no_grad():
+            wanted = self.teacher(clean)
+            wanted[:, self.target] -= knobs.drop * (labels != self.target)
+            kept = self.teacher(unstamped)
+        view = self.view(self.model, *self.drawn_kind())
+        loss = distance(self.model(clean), wanted, knobs.temperature)
+        logits = view(stamped)
+        loss = loss + knobs.repel * F.relu(_training.margin(logits, self.target) + knobs.margin).mean()
+        if view.kind != "masked":
+            others = [c for c in range(logits.shape[1]) if c != self.target]
+            loss = loss + knobs.recover * distance(logits[:, others], kept[:, others], knobs.temperature)
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        decay = min(knobs.average, self.step / (self.step + 10))
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                self.average[name].lerp_(parameter, 1 - decay)
+        return loss.item()
+
+    def clean_batch(self) -> tuple[Tensor, Tensor]:
+        """Augmented samples, a share of them mixed in pairs; -1 labels a mixture without class c."""
+        index = torch.randint(0, len(self.fit), (self.knobs.batch_size,), generator=self.generator)
+        inputs, labels = self.augmented(self.fit.floats(index)), self.fit.labels[index]
+        partner = torch.randperm(len(index), generator=self.generator)
+        share = torch.rand(len(index), generator=self.generator)
+        mixed = torch.rand(len(index), generator=self.generator) < self.knobs.mix
+        share = torch.where(mixed, share, 1.0).view(-1, *[1] * (inputs.ndim - 1))
+        # The original answers for a mixture too, so mixing makes new samples without labels.
+        has_target = (labels == self.target) | (mixed & (labels[partner] == self.target))
+        return inputs * share + inputs[partner] * (1 - share), torch.where(has_target, self.target, -1)
+
+    def stamped_batch(self) -> tuple[Tensor, Tensor]:
+        """Samples of other classes with a perturbation into class c, and the same without."""
+        size = self.knobs.batch_size
+        index = torch.randint(0, len(self.others), (size,), generator=self.generator)
+        inputs = self.augmented(self.others[index])
+        alone = int(size * self.knobs.per_sample)
+        parts = []
+        if alone:
+            low, high = self.knobs.linf
+            epsilon = low + (high - low) * float(torch.rand(1, generator=self.generator))
+            self.model.requires_grad_(False)
+            parts.append(
+                _inversion.per_sample(self.model, inputs[:alone], self.target, epsilon, 2, self.generator)
+            )
+            self.model.requires_grad_(True)
+        for found, part in zip(
+            self.found.values(), inputs[alone:].tensor_split(len(self.found)), strict=True
+        ):
+            which = torch.randint(0, len(found), (len(part),), generator=self.generator)
+            parts.append(found.stamp(part, which))
+        return torch.cat(parts), inputs
+
+    def augmented(self, inputs: Tensor) -> Tensor:
+        """Crop and flip as asked."""
+        return _training.augmented(inputs, self.knobs.augment, self.knobs.flip, self.generator)
+
+    def finish(self) -> list[dict[str, float | str]]:
+        """Put the averaged weights in place."""
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(self.average[name])
+        row = _training.epoch_record(self.model, self.fit, self.target, "average", [], self.knobs.margin)
+        self.history.append({**row, "searched": 0.0})
+        return self.history
+
+
+def distance(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """KL from the original's softened answer, scaled to keep gradients independent of the temperature."""
+    return temperature**2 * F.kl_div(
+        F.log_softmax(logits / temperature, 1),
+        F.log_softmax(wanted / temperature, 1),
+        reduction="batchmean",
+        log_target=True,
+    )
