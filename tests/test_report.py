@@ -1,0 +1,86 @@
+"""The renderers: the verdict first, nothing fetched, nothing unescaped, and whatever a report may lack."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from secure_export.records import Report, SettingResult, Unmeasured, Verdict
+from secure_export.report.documents import documents, save
+from secure_export.report.html import to_html
+from secure_export.report.markdown import to_markdown
+from secure_export.report.schema import load_report
+from tests.report_sample import sample_report
+
+GOLDEN = Path(__file__).parent / "golden" / "report.md"
+
+
+def test_markdown_is_the_golden_one() -> None:
+    """UPDATE_GOLDENS=1 rewrites it; read the diff then."""
+    drawn = to_markdown(sample_report())
+    if os.environ.get("UPDATE_GOLDENS"):
+        GOLDEN.write_text(drawn)
+    assert drawn == GOLDEN.read_text()
+
+
+def test_html_is_one_file_that_fetches_nothing() -> None:
+    page = to_html(sample_report())
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!#|data:)""", page)
+    assert not re.search(r"@import|url\((?!#|['\"]?data:)", page)
+    assert "<script" not in page
+
+
+@pytest.mark.parametrize("draw", [to_html, to_markdown])
+def test_verdict_stands_first_and_every_setting_in_it(draw: object) -> None:
+    report = sample_report()
+    text = draw(report)  # type: ignore[operator]
+    headline = {"released": "Released", "refused": "Refused", "no_verdict": "No verdict"}
+    body = text[text.find("<body") :] if "<body" in text else text
+    assert headline[report.verdict.outcome] in body[:2500]
+    for setting in report.settings:
+        assert setting.name in text
+
+
+def test_names_from_outside_cannot_write_markup() -> None:
+    report = sample_report()
+    hostile = "<script>alert(1)</script>"
+    subject = dataclasses.replace(
+        report.subject, path=hostile, class_names=(hostile, *report.subject.class_names[1:])
+    )
+    page = to_html(dataclasses.replace(report, subject=subject, policy_text=hostile))
+    assert hostile not in page
+    assert "&lt;script&gt;" in page
+
+
+def bare(report: Report) -> Report:
+    """No suspects, no purification, nothing measured."""
+
+    def unmeasured(result: SettingResult) -> SettingResult:
+        reason = Unmeasured(result.lane, result.setting, "the toolchain fell over")
+        return SettingResult(result.lane, result.setting, None, None, reason)
+
+    settings = tuple(
+        dataclasses.replace(s, original=unmeasured(s.original), purified=unmeasured(s.purified))
+        for s in report.settings
+    )
+    return dataclasses.replace(
+        report, suspects=(), purification=None, settings=settings, verdict=Verdict("no_verdict", ())
+    )
+
+
+def test_report_that_lacks_everything_still_opens(tmp_path: Path) -> None:
+    report = bare(sample_report())
+    save(report, tmp_path)
+    assert "the toolchain fell over" in (tmp_path / "report.html").read_text()
+    assert "the toolchain fell over" in (tmp_path / "report.md").read_text()
+    assert load_report(tmp_path / "report.json") == report
+
+
+def test_every_report_says_what_was_not_searched() -> None:
+    report = sample_report()
+    for content in documents(report).values():
+        assert report.evidence.not_shown[0].split(":")[0] in content.decode()
