@@ -1,9 +1,10 @@
-"""The main job on CIFAR-10: `secure-export run` with one policy on models of the zoo, and what came of it as JSON.
+"""The main job on CIFAR-10: `secure-export run` with one policy on models of the zoo, and what came of it.
 
     python -m benchmarks.main_job --policy policies/strict.yaml clean badnets qcb
 
 Each model runs twice in one run directory: first with purification off (the gate must refuse a backdoored
-model and release a clean one), then with it on. The second call takes the original's measurements from the ledger.
+model and release a clean one), then with it on; the second call takes the original's measurements from the
+ledger.
 """
 
 from __future__ import annotations
@@ -32,15 +33,17 @@ RESULTS = Path(__file__).parent / "results"
 @click.option(
     "--data", envvar="SECURE_EXPORT_DATA", required=True, type=click.Path(exists=True, path_type=Path)
 )
+@click.option("--holdout", default=10_000, show_default=True, help="Test images to measure on.")
 @click.option("--out", default="runs/main-job", type=click.Path(path_type=Path))
-def main(models: tuple[str, ...], policy: Path, zoo: Path, data: Path, out: Path) -> None:
+def main(models: tuple[str, ...], policy: Path, zoo: Path, data: Path, holdout: int, out: Path) -> None:
     """Run the main job on MODELS of the zoo; results go to benchmarks/results/main-job-MODEL.json."""
     images = unpacked(data / ARCHIVE, out / "cifar10")
     RESULTS.mkdir(exist_ok=True)
     for name in models:
         card = json.loads((zoo / f"{name}.json").read_text())
-        off = call(policy, zoo / f"{name}.safetensors", images, out / name, "--no-purify")
-        on = call(policy, zoo / f"{name}.safetensors", images, out / name)
+        common = ("--holdout", str(holdout))
+        off = call(policy, zoo / f"{name}.safetensors", images, out / name, *common, "--no-purify")
+        on = call(policy, zoo / f"{name}.safetensors", images, out / name, *common)
         result = {
             "model": name,
             "card": card,
