@@ -89,8 +89,9 @@ def store(model: nn.Module, path: Path) -> None:
 def trained(name: str, data: datasets.Images, out: Path, seed: int) -> tuple[nn.Module, float]:
     """Train entry `name`, or go on where a killed training stopped; gives model and seconds."""
     entry = ZOO[name]
-    # Another recipe is another training: it must not go on from this one's checkpoint.
-    made_of = [asdict(entry.recipe), repr(entry.trigger), entry.target_class, seed]
+    # Another recipe or another base is another training: it must not go on from this one's checkpoint.
+    base = [digests.of_file(out / f"{entry.base}.safetensors")] if entry.implant else []
+    made_of = [asdict(entry.recipe), repr(entry.trigger), entry.target_class, seed, *base]
     work = out / "checkpoints" / f"{name}-{digests.of_json(made_of)[:8]}"
     if entry.implant is not None:
         model = load(out, entry.base)
