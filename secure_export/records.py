@@ -98,7 +98,7 @@ class Purified:
     """A purifier's model and, per epoch, what the figures need: phase, loss, margins, accuracy on fit."""
 
     model: nn.Module
-    history: tuple[Mapping[str, float | str], ...]
+    history: tuple[Mapping[str, float | int | str], ...]
 
 
 # ---- Measured data (JSON-able) --------------------------------------------------------------------------
@@ -292,7 +292,7 @@ class Purification:
     kind: str
     parameters: Mapping[str, Any]
     target_classes: tuple[int, ...]
-    history: tuple[Mapping[str, float | str], ...]
+    history: tuple[Mapping[str, float | int | str], ...]
     seconds: float
 
 

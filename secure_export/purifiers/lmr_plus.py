@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 
 Pair = tuple[float, float]
+WARMUP = 20
+"""Steps of rising learning rate: the first perturbations succeed everywhere, so gradients are large."""
 
 
 class LmrPlus(Purifier):
@@ -30,32 +32,34 @@ class LmrPlus(Purifier):
     samples keep the original's answer. Defaults were chosen on calibration data (docs/purifiers.md).
     """
 
-    rounds: int = Field(8, ge=1, description="searches, each followed by training")
+    rounds: int = Field(6, ge=1, description="searches, each followed by training")
     steps: int = Field(30, ge=1, description="training steps a round")
     batch_size: int = Field(64, ge=4, description="clean samples a step; as many stamped ones come on top")
-    lr: float = Field(3e-4, gt=0, description="Adam; falls to a tenth over the rounds")
+    lr: float = Field(1e-4, gt=0, description="Adam; falls to a tenth over the rounds")
     noise: float = Field(0.5, ge=0, le=1, description="rounding noise at the start, in 8-bit steps")
     margin: float = Field(2.0, ge=0, description="by which class c must lose on stamped samples (m1)")
     drop: float = Field(1.0, ge=0, description="off class c in the original's answer where y != c")
+    hold: float = Field(1.0, ge=0, description="weight of distillation on clean samples")
+    own_share: float = Field(0.25, ge=0, lt=1, description="share of stamped samples that are of class c")
     repel: float = Field(1.0, ge=0, description="weight of the margin on stamped samples")
     recover: float = Field(1.0, ge=0, description="weight of distillation on stamped samples")
     temperature: float = Field(2.0, gt=0, description="of both distillations")
     mix: float = Field(0.5, ge=0, le=1, description="share of clean samples that are mixed in pairs")
     average: float = Field(0.98, ge=0, lt=1, description="decay of the average of weights that is returned")
-    families: tuple[Family, ...] = Field(("patch", "l2"), description="searched in turn; patch: images only")
-    per_sample: float = Field(0.25, ge=0, le=1, description="share of stamped samples moved singly (PGD)")
+    families: tuple[Family, ...] = Field(("patch",), description="searched in turn; patch: images only")
+    per_sample: float = Field(0.0, ge=0, le=1, description="share of stamped samples moved singly (PGD)")
     patch_area: Pair = Field(
         (0.004, 0.02), description="mask mass as a share of the pixels: 4 to 20 of 32x32"
     )
     l2_rms: Pair = Field((0.01, 0.03), description="size of additive perturbations per input value")
     linf: Pair = Field((0.02, 0.06), description="largest change per value; also of single samples")
-    search_steps: int = Field(50, ge=1, description="steps of one search")
+    search_steps: int = Field(30, ge=1, description="steps of one search")
     search_batch: int = Field(96, ge=4, description="samples a step, over all perturbations of a search")
     shared: bool = Field(True, description="perturbations must fool the original too")
     width: int = Field(4, ge=1, description="perturbations searched side by side")
     memory: int = Field(24, ge=1, description="perturbations remembered of each family")
     views: tuple[float, float, float] = Field(
-        (0.5, 0.3, 0.2), description="odds of full precision, int8 and masked channels"
+        (0.6, 0.4, 0.0), description="odds of full precision, int8 and masked channels"
     )
     mask_ratio: Pair = Field((0.2, 0.9), description="share of channels that a masked view cuts")
     augment: Augment = Field("auto", description="crop and flip; auto: images of at least 24 pixels a side")
@@ -96,7 +100,7 @@ class _Run:
     ) -> None:
         self.knobs, self.model, self.head, self.target = knobs, model.eval(), head, target
         self.fit, self.generator = fit, generator
-        self.others = fit.floats(fit.labels != target)
+        self.others, self.own = fit.floats(fit.labels != target), fit.floats(fit.labels == target)
         self.teacher = copy.deepcopy(model).requires_grad_(False)
         _views.add_rounding_noise(model, knobs.noise, generator)
         self.norms = _views.followers(model, self.others[:2])
@@ -171,7 +175,7 @@ class _Run:
         knobs = self.knobs
         total = knobs.rounds * knobs.steps
         for group in self.optimizer.param_groups:
-            group["lr"] = knobs.lr * (1 - 0.9 * self.step / total)
+            group["lr"] = knobs.lr * min(1.0, (self.step + 1) / WARMUP) * (1 - 0.9 * self.step / total)
         self.step += 1
         clean, labels = self.clean_batch()
         stamped, unstamped = self.stamped_batch()
@@ -180,12 +184,8 @@ class _Run:
             wanted[:, self.target] -= knobs.drop * (labels != self.target)
             kept = self.teacher(unstamped)
         view = self.view(self.model, *self.drawn_kind())
-        loss = distance(self.model(clean), wanted, knobs.temperature)
-        logits = view(stamped)
-        loss = loss + knobs.repel * F.relu(_training.margin(logits, self.target) + knobs.margin).mean()
-        if view.kind != "masked":
-            others = [c for c in range(logits.shape[1]) if c != self.target]
-            loss = loss + knobs.recover * distance(logits[:, others], kept[:, others], knobs.temperature)
+        loss = knobs.hold * distance(self.model(clean), wanted, knobs.temperature)
+        loss = loss + self.stamped_loss(view(stamped), kept, view.kind != "masked")
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
@@ -194,6 +194,25 @@ class _Run:
             for name, parameter in self.model.named_parameters():
                 self.average[name].lerp_(parameter, 1 - decay)
         return loss.item()
+
+    def stamped_loss(self, logits: Tensor, kept: Tensor, recover: bool) -> Tensor:
+        """Class c must lose where it is wrong, and stay where it is right; the rest answers as unstamped.
+
+        Without the second half the shortest way to a margin is to forget class c altogether.
+        """
+        knobs, own = self.knobs, self.own_stamped()
+        wrong, right = logits[own:], logits[:own]
+        loss = knobs.repel * F.relu(_training.margin(wrong, self.target) + knobs.margin).mean()
+        if recover:
+            others = [c for c in range(logits.shape[1]) if c != self.target]
+            loss = loss + knobs.recover * distance(wrong[:, others], kept[own:, others], knobs.temperature)
+            if own:
+                loss = loss + knobs.recover * distance(right, kept[:own], knobs.temperature)
+        return loss
+
+    def own_stamped(self) -> int:
+        """How many samples of class c a stamped batch begins with."""
+        return int(self.knobs.batch_size * self.knobs.own_share)
 
     def clean_batch(self) -> tuple[Tensor, Tensor]:
         """Augmented samples, a share of them mixed in pairs; -1 labels a mixture without class c."""
@@ -208,26 +227,31 @@ class _Run:
         return inputs * share + inputs[partner] * (1 - share), torch.where(has_target, self.target, -1)
 
     def stamped_batch(self) -> tuple[Tensor, Tensor]:
-        """Samples of other classes with a perturbation into class c, and the same without."""
-        size = self.knobs.batch_size
+        """Samples with a perturbation into class c, and the same without: first of class c, then others."""
+        own = self.own_stamped()
+        size = self.knobs.batch_size - own
         index = torch.randint(0, len(self.others), (size,), generator=self.generator)
-        inputs = self.augmented(self.others[index])
+        own_index = torch.randint(0, len(self.own), (own,), generator=self.generator)
+        inputs = self.augmented(torch.cat([self.own[own_index], self.others[index]]))
         alone = int(size * self.knobs.per_sample)
-        parts = []
+        stamped = inputs.clone()
+        families = list(self.found.values())
+        for number, found in enumerate(families):
+            chosen = torch.arange(number, len(inputs) - alone, len(families))
+            which = torch.randint(0, len(found), (len(chosen),), generator=self.generator)
+            stamped[chosen] = found.stamp(inputs[chosen], which)
         if alone:
-            low, high = self.knobs.linf
-            epsilon = low + (high - low) * float(torch.rand(1, generator=self.generator))
-            self.model.requires_grad_(False)
-            parts.append(
-                _inversion.per_sample(self.model, inputs[:alone], self.target, epsilon, 2, self.generator)
-            )
-            self.model.requires_grad_(True)
-        for found, part in zip(
-            self.found.values(), inputs[alone:].tensor_split(len(self.found)), strict=True
-        ):
-            which = torch.randint(0, len(found), (len(part),), generator=self.generator)
-            parts.append(found.stamp(part, which))
-        return torch.cat(parts), inputs
+            stamped[-alone:] = self.moved_singly(inputs[-alone:])
+        return stamped, inputs
+
+    def moved_singly(self, inputs: Tensor) -> Tensor:
+        """Each sample with its own perturbation, of the present model in full precision."""
+        low, high = self.knobs.linf
+        epsilon = low + (high - low) * float(torch.rand(1, generator=self.generator))
+        self.model.requires_grad_(False)
+        moved = _inversion.per_sample(self.model, inputs, self.target, epsilon, 2, self.generator)
+        self.model.requires_grad_(True)
+        return moved
 
     def augmented(self, inputs: Tensor) -> Tensor:
         """Crop and flip as asked."""
