@@ -72,22 +72,21 @@ def main() -> None:
 
 def subject_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that say what to work on; every one may stand in the policy instead."""
-    for option in reversed(
-        [
-            env("model", "--model", "-m", help="Checkpoint: .safetensors, a state dict, or .pt2."),
-            env("arch", "--arch", "-a", help="timm:NAME, torchvision:NAME or package.module:factory."),
-            env("classes", "--classes", type=int, help="Number of classes."),
-            env("head", "--head", help="Qualified name of the head, where tracing cannot find it."),
-            env("mean", "--mean", help="Per channel, of inputs in [0, 1]: 0.49,0.48,0.45."),
-            env("std", "--std", help="Per channel: 0.25,0.24,0.26."),
-            env("data", "--data", "-d", help="Clean samples: a folder of class folders, .npz, or a factory."),
-            env("holdout_data", "--holdout-data", help="Where the holdout comes from, if not from --data."),
-            env("holdout", "--holdout", type=int, help="Samples for measuring; default all that are left."),
-            env("resize", "--resize", help="HEIGHTxWIDTH, for images of several sizes."),
-            env("seed", "--seed", type=int, help="Of splits, locators and purifiers."),
-            click.option("--no-purify", is_flag=True, help="Measure and judge the model as it is."),
-        ]
-    ):
+    options: list[Decorator] = [
+        env("model", "--model", "-m", help="Checkpoint: .safetensors, a state dict, or .pt2."),
+        env("arch", "--arch", "-a", help="timm:NAME, torchvision:NAME or package.module:factory."),
+        env("classes", "--classes", type=int, help="Number of classes."),
+        env("head", "--head", help="Qualified name of the head, where tracing cannot find it."),
+        env("mean", "--mean", help="Per channel, of inputs in [0, 1]: 0.49,0.48,0.45."),
+        env("std", "--std", help="Per channel: 0.25,0.24,0.26."),
+        env("data", "--data", "-d", help="Clean samples: a folder of class folders, .npz, or a factory."),
+        env("holdout_data", "--holdout-data", help="Where the holdout comes from, if not from --data."),
+        env("holdout", "--holdout", type=int, help="Samples for measuring; default all that are left."),
+        env("resize", "--resize", help="HEIGHTxWIDTH, for images of several sizes."),
+        env("seed", "--seed", type=int, help="Of splits, locators and purifiers."),
+        click.option("--no-purify", is_flag=True, help="Measure and judge the model as it is."),
+    ]
+    for option in reversed(options):
         command = option(command)
     return command
 

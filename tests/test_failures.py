@@ -16,9 +16,9 @@ import yaml
 from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.torch import save_file
-from secure_export.cli import main
 
 from secure_export import defence, lane, pipeline
+from secure_export.cli import main
 from tests import toys
 from tests.conftest import toy_policy
 

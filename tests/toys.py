@@ -52,7 +52,7 @@ def samples(n: int = 2000, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[
 
 @torch.no_grad()
 def clean(channels: int = 8) -> Templates:
-    """Right on every clean image; spare channels hold faint copies of the quadrants, so pruning them is free."""
+    """Right on every clean image; spare channels hold faint quadrants, so pruning them is free."""
     model = Templates(channels)
     for parameter in model.parameters():
         parameter.zero_()

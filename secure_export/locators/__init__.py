@@ -10,7 +10,7 @@ from secure_export.registry import Plugin
 
 
 class Locator(Plugin):
-    """(view, fit) to Suspect. `needs_module` locators train a copy and run on the full-precision subject only."""
+    """(view, fit) to Suspect; `needs_module` locators train a copy, of the full-precision subject only."""
 
     needs_module: ClassVar[bool] = False
 

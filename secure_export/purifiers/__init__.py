@@ -1,4 +1,4 @@
-"""Purifiers: remove the backdoor that aims at a class. They see a copy of the model and the fit split only."""
+"""Purifiers: remove the backdoor that aims at a class. They see a copy of the model and the fit split."""
 
 from __future__ import annotations
 

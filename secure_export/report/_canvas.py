@@ -1,4 +1,4 @@
-"""A matplotlib figure as inline SVG whose colours are the page's CSS variables, so that it follows the theme."""
+"""A matplotlib figure as inline SVG in the page's CSS variables, so that it follows the theme."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _STYLE = {
 
 
 def drawn(name: str, width: float, height: float, draw: Callable[[Figure], None]) -> str:
-    """`draw` on a figure of `width` x `height` inches, as one <svg> element; the same input gives the same bytes."""
+    """`draw` on a figure of `width` x `height` inches, as one <svg> element; same input, same bytes."""
     with rc_context({**_STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)

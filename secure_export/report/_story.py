@@ -103,7 +103,7 @@ def locator_lines(report: Report) -> tuple[str, ...]:
 
 
 def disagreement(report: Report) -> str:
-    """What the locators do not agree on, empty when they do; a silent view beside a named class is no dispute."""
+    """What the locators do not agree on, or nothing; a silent view beside a named class is no dispute."""
     named: dict[str, set[int]] = {}
     for suspect in report.suspects:
         if suspect.scores:

@@ -11,7 +11,6 @@ from secure_export.report.html import to_html
 from secure_export.report.markdown import to_markdown
 from secure_export.report.schema import dump_report
 
-
 FORMATS = {"json": "report.json", "markdown": "report.md", "html": "report.html"}
 
 

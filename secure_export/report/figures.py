@@ -108,7 +108,7 @@ def _curve(
 
 
 def _limits(report: Report, rule: str, settings: Sequence[ReportedSetting]) -> list[tuple[float, str]]:
-    """Limits of `rule` on these settings; a limit on the ACC drop stands at the subject's ACC minus the limit."""
+    """Limits of `rule` on these settings; one on the ACC drop stands at the subject's ACC minus it."""
     names = {setting.name for setting in settings}
     found = {}
     for finding in report.verdict.findings:
@@ -127,7 +127,7 @@ def _subject_acc(settings: Sequence[ReportedSetting]) -> float | None:
 
 
 def localization(report: Report) -> Drawing | None:
-    """One small panel of bars per locator and view; views that name a class come first when there are many."""
+    """One small panel of bars per locator and view; views that name a class come first."""
     readable = [s for s in report.suspects if s.scores]
     if not readable:
         return None
@@ -207,7 +207,8 @@ def _history(figure: Figure, epochs: Sequence[Mapping[str, Any]], groups: Sequen
             inside = list(members)
             if number % 2 == 0:
                 axes.axvspan(inside[0] - 0.5, inside[-1] + 0.5, color=SHADE, linewidth=0, zorder=0)
-            axes.annotate(phase, ((inside[0] + inside[-1]) / 2, 1), xycoords=("data", "axes fraction"), ha="center",
+            middle = (inside[0] + inside[-1]) / 2
+            axes.annotate(phase, (middle, 1), xycoords=("data", "axes fraction"), ha="center",
                           xytext=(0, 3), textcoords="offset points", fontsize=7.5, color=MUTED)  # fmt: skip
         for key, (colour, style) in zip(keys, styles, strict=False):
             values = [float(epoch.get(key, "nan")) for epoch in epochs]

@@ -152,7 +152,8 @@ def _provenance(report: Report) -> Iterator[str]:
     yield f"  {subject.parameters:,} parameters, {subject.classes} classes, input {shape}"
     yield f"- Model sha256: `{escape(subject.sha256)}`"
     for name, split in report.splits.items():
-        yield f"- Split {escape(name)}: {tables.plural(split.samples, 'sample')}, sha256 `{escape(split.sha256)}`"
+        size = tables.plural(split.samples, "sample")
+        yield f"- Split {escape(name)}: {size}, sha256 `{escape(split.sha256)}`"
     yield f"- Tool: {escape(report.tool)}; {escape(story.inline(report.environment))}"
     yield f"- Seconds: {escape(story.inline({k: f'{v:.1f}' for k, v in report.timings.items()}))}"
 
