@@ -25,8 +25,6 @@ Exit codes:
   130  interrupted; the same command resumes
 """
 OUTCOME_CODES = {"released": 0, "refused": 3, "no_verdict": 4}
-PACKAGED = (Path(__file__).parent / "policies", Path(__file__).parents[1] / "policies")
-"""Where shipped policies lie: in an installed package, and in a source checkout."""
 
 
 class Commands(click.Group):
@@ -248,11 +246,12 @@ def _policy(name: str, given: dict[str, Any]) -> Any:
 
 def _found(name: str) -> Path:
     """The file `name`, or the shipped policy of that name."""
+    from secure_export.policy import shipped
+
     path = Path(name)
     if path.exists() or path.suffix:
         return path
-    shipped = [folder / f"{name}.yaml" for folder in PACKAGED if (folder / f"{name}.yaml").is_file()]
-    return shipped[0] if shipped else path
+    return shipped(name) or path
 
 
 def _overrides(given: dict[str, Any]) -> dict[str, Any]:

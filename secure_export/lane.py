@@ -17,7 +17,7 @@ from secure_export.compressors import Compressor, Context, FileStep, ModuleStep
 from secure_export.errors import CompressError, NoVerdict
 from secure_export.formats import Format
 from secure_export.ledger import Ledger
-from secure_export.measure import Reference, eager, logits_of, measure
+from secure_export.measure import Reference, logits_of, measure
 from secure_export.records import (
     Artifact,
     Change,
@@ -29,6 +29,7 @@ from secure_export.records import (
     Unmeasured,
 )
 from secure_export.runtimes import Runtime
+from secure_export.runtimes.torch_eager import from_module
 from secure_export.triggers import Trigger
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def at_the_head(
 ) -> Lined:
     """A full-precision model with its own logits on the holdout; `against` is the untouched subject's."""
     bench.progress(f"{lane}: full precision", 0, 1)
-    logits = logits_of(eager(model), bench.splits.holdout)
+    logits = logits_of(from_module(model), bench.splits.holdout)
     predictions = logits.argmax(1) if against is None else against.subject_predictions
     bench.progress(f"{lane}: full precision", 1, 1)
     return Lined(lane, model, head, identity, Reference(predictions, logits))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secure_export.errors import CompressError
 from secure_export.records import (
@@ -34,17 +34,6 @@ class Reference:
     """Classes [N] by the untouched full-precision subject: `acc_drop` is paired with these."""
     logits: Tensor
     """Logits [N, classes] of the full-precision model of the same lane: for agreement."""
-
-
-def eager(model: nn.Module) -> Predictor:
-    """A module in eval mode as a Predictor: the full-precision reference."""
-
-    def predict(inputs: Tensor) -> Tensor:
-        with torch.no_grad():
-            logits: Tensor = model(inputs)
-        return logits
-
-    return predict
 
 
 def logits_of(predictor: Predictor, split: Split, trigger: Trigger | None = None) -> Tensor:

@@ -14,15 +14,13 @@ from secure_export import pipeline
 from secure_export.demo.data import attackers_digits
 from secure_export.demo.network import DigitsCNN
 from secure_export.demo.plant import plant_qcb, train
-from secure_export.errors import ReleaseError
-from secure_export.policy import load_policy
+from secure_export.errors import PolicyError, ReleaseError
+from secure_export.policy import load_policy, shipped
 from secure_export.records import Count, Measurement, Outcome, Progress, Report, silent
 from secure_export.triggers.badnets import Badnets
 
 Echo = Callable[[str], object]
 
-POLICIES = (Path(__file__).parents[1] / "policies", Path(__file__).parents[2] / "policies")
-"""Where shipped policies lie: in an installed package, and in a source checkout."""
 EXIT_CODES: dict[Outcome, int] = {"released": 0, "refused": 3, "no_verdict": 4}
 THREADS = 2
 
@@ -104,9 +102,11 @@ def story(report: Report, backdoor: Backdoor) -> Iterator[str]:
 
 
 def _run(model: Path, folder: Path, progress: Progress) -> Report:
-    place = next(path for path in POLICIES if (path / "demo.yaml").is_file())
+    policy = shipped("demo")
+    if policy is None:
+        raise PolicyError("policies/demo.yaml is not installed", hint="install secure-export again")
     overrides = {"subject.model": str(model), "subject.architecture": "secure_export.demo:digits_cnn"}
-    return pipeline.run(load_policy(place / "demo.yaml", overrides), folder, progress=progress)
+    return pipeline.run(load_policy(policy, overrides), folder, progress=progress)
 
 
 def _model_file(backdoor: Backdoor, out: Path, progress: Progress) -> Path:

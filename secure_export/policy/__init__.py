@@ -29,6 +29,9 @@ from secure_export.policy.schema import (
     TriggerSpec,
 )
 
+SHIPPED = (Path(__file__).parents[1] / "policies", Path(__file__).parents[2] / "policies")
+"""Where shipped policies lie: in an installed package, and in a source checkout."""
+
 __all__ = [
     "Approved",
     "DataSpec",
@@ -44,6 +47,7 @@ __all__ = [
     "judge",
     "load_policy",
     "parse_policy",
+    "shipped",
 ]
 
 MAX_BYTES = 1_000_000
@@ -53,6 +57,11 @@ KEYS = sorted(
     if isinstance(section, type) and issubclass(section, BaseModel)
     for key in section.model_fields
 )
+
+
+def shipped(name: str) -> Path | None:
+    """The file of the policy that ships as `name` ("strict"), or None."""
+    return next((folder / f"{name}.yaml" for folder in SHIPPED if (folder / f"{name}.yaml").is_file()), None)
 
 
 def load_policy(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Policy:

@@ -50,7 +50,7 @@ class FineTune(Purifier):
         optimizer = _training.sgd(model.parameters(), self.lr, self.momentum, self.weight_decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)
         history = []
-        with _training.seeded(seed) as generator:
+        with _training.seeded(seed) as generator, _training.channels_last(model, fit):
             for epoch in range(self.epochs):
                 model.train()
                 losses = []

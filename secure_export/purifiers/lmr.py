@@ -83,7 +83,7 @@ class Lmr(Purifier):
             progress("purify", len(history), total)
             return float(history[-1]["target_acc"])
 
-        with _training.seeded(seed) as generator:
+        with _training.seeded(seed) as generator, _training.channels_last(model, fit):
             nothing = torch.zeros(0, dtype=torch.long)
             for _ in range(self.phase1_epochs):
                 reached = epoch("phase1", lambda z, y: self.phase1_loss(z, y, target_class), nothing)
