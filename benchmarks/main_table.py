@@ -1,0 +1,44 @@
+"""The main job's results as the table in README: `python -m benchmarks.main_table`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+RESULTS = Path(__file__).parent / "results"
+SHOWN = ("fp32", "int8")
+
+
+@click.command()
+def main() -> None:
+    """Print one row for each model and shipped setting, from benchmarks/results/main-job-*.json."""
+    click.echo("| model | setting | ACC original | ACC purified | ASR original | ASR purified | off | on |")
+    click.echo("|---|---|---|---|---|---|---|---|")
+    for path in sorted(RESULTS.glob("main-job-*.json")):
+        result = json.loads(path.read_text())
+        for setting in SHOWN:
+            click.echo(row(result, setting))
+
+
+def row(result: dict[str, Any], setting: str) -> str:
+    """Accuracy, and ASR of the planted trigger into its target class, as counts and percent."""
+    card, on = result["card"], result["purification_on"]
+    lanes = on["report"]["settings"][setting]
+    target, trigger = card["target_class"], "badnets"
+    cells = [count(lanes[lane]["acc"]) for lane in ("original", "purified")]
+    cells += [count(lanes[lane]["triggers"][trigger]["asr"][target]) for lane in ("original", "purified")]
+    outcomes = [result[key]["report"]["outcome"] for key in ("purification_off", "purification_on")]
+    return f"| {result['model']} | {setting} | " + " | ".join([*cells, *outcomes]) + " |"
+
+
+def count(pair: list[int]) -> str:
+    """`3385/4000 (84.6 %)`."""
+    hits, total = pair
+    return f"{hits}/{total} ({100 * hits / total:.2f} %)"
+
+
+if __name__ == "__main__":
+    main()
