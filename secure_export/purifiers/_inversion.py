@@ -145,14 +145,14 @@ def per_sample(
     logits: Logits, inputs: Tensor, target_class: int, epsilon: float, steps: int, generator: Generator
 ) -> Tensor:
     """Inputs [N, ...] moved into the class by sign steps within epsilon (PGD, Madry et al. 2018)."""
-    delta = epsilon * (2 * torch.rand(inputs.shape, generator=generator) - 1)
+    moved = (inputs + epsilon * (2 * torch.rand(inputs.shape, generator=generator) - 1)).clamp(0, 1)
     for _ in range(steps):
-        # Beyond [0, 1] the gradient is zero and a value would stay there.
-        delta = ((inputs + delta).clamp(0, 1) - inputs).requires_grad_(True)
-        gain = margin(logits((inputs + delta).clamp(0, 1)), target_class).clamp(max=CONFIDENT).sum()
-        (gradient,) = torch.autograd.grad(gain, delta)
-        delta = (delta.detach() + 1.5 * epsilon / steps * gradient.sign()).clamp(-epsilon, epsilon)
-    return (inputs + delta).clamp(0, 1).detach()
+        moved.requires_grad_(True)
+        gain = margin(logits(moved), target_class).clamp(max=CONFIDENT).sum()
+        (gradient,) = torch.autograd.grad(gain, moved)
+        delta = (moved.detach() - inputs + 1.5 * epsilon / steps * gradient.sign()).clamp(-epsilon, epsilon)
+        moved = (inputs + delta).clamp(0, 1)
+    return moved.detach()
 
 
 @torch.no_grad()
