@@ -59,7 +59,7 @@ def run_demo(out: Path, progress: Progress, echo: Echo) -> int:
             model = _model_file(backdoor, out, progress)
             report = _run(model, out / backdoor.name, progress)
             for line in story(report, backdoor):
-                echo(f"   {line}")
+                echo(f"   {line}".rstrip())
             echo(f"   {out / backdoor.name / 'report.html'}")
             echo("")
             codes.append(EXIT_CODES[report.verdict.outcome])
@@ -85,6 +85,7 @@ def story(report: Report, backdoor: Backdoor) -> Iterator[str]:
     where = ", ".join(s.setting for s in report.suspects if s.target_class == backdoor.target_class)
     yield f"Located: class {', '.join(map(str, named)) or 'none'} (seen in {where or 'no file'})"
     yield ""
+    totals = [0] * 4
     yield f"{'setting':<16}{'ACC original':>14}{'purified':>12}{'ASR original':>16}{'purified':>12}"
     for row in report.settings:
         original, purified = row.original.measurement, row.purified.measurement
@@ -92,6 +93,8 @@ def story(report: Report, backdoor: Backdoor) -> Iterator[str]:
         texts = [_percent(cell) for cell in cells]
         name = f"{row.name} *" if row.released else row.name
         yield f"{name:<16}{texts[0]:>14}{texts[1]:>12}{texts[2]:>16}{texts[3]:>12}"
+        totals = [cell.total if cell is not None else 0 for cell in cells]
+    yield f"* ships; ACC of {totals[0]} digits, ASR of {totals[2]} that are no {backdoor.target_class}"
     yield ""
     for finding in report.verdict.findings:
         if not finding.passed:
