@@ -140,3 +140,17 @@ def test_anti_learning_tells_how_little_its_name_means() -> None:
     evidence = located("anti-learning", False).evidence
     assert evidence["always_names_a_class"] is True
     assert {"lead", "agreement"} <= set(evidence)
+
+
+def test_latent_shift_does_not_judge_a_half_collapsed_model() -> None:
+    """A clean network with a fifth of its channels masked: accuracy .6, one class 16 points too frequent."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(300) % 10
+    latents = torch.nn.functional.one_hot(labels, 10).float() + 0.1 * torch.rand(300, 10, generator=generator)
+    latents[torch.rand(300, generator=generator) < 0.2, 4] += 1.2
+    suspect = LatentShift().locate(
+        view_of(torch.eye(10) * 8, latents), Split(torch.zeros(300, 1), labels, ""), seed=0
+    )
+    assert 0.1 < float(suspect.evidence["excess"]) < 0.4
+    assert suspect.evidence["collapsed"] is True
+    assert suspect.target_class is None
