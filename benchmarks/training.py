@@ -49,7 +49,6 @@ def train(
     *,
     log: Callable[[str], None],
     save_every: int = 100,
-    at_save: Callable[[int], None] | None = None,
 ) -> float:
     """Minimize `loss(step, generator)` over `model`'s parameters; returns the seconds spent in all.
 
@@ -76,8 +75,6 @@ def train(
             left = elapsed / (step - first) * (stage.steps - step)
             times = f"spent {spent + elapsed:.0f}s left {left:.0f}s"
             log(f"{stage.name} {step}/{stage.steps} loss {mean:.4f} {times}")
-            if at_save is not None:
-                at_save(step)
     return spent + time.monotonic() - began
 
 

@@ -99,13 +99,7 @@ def trained(name: str, data: datasets.Images, out: Path, seed: int) -> tuple[nn.
         return model, entry.implant(*arguments, seed=seed)
     torch.manual_seed(seed)
     model = network()
-
-    def early(epoch: int) -> None:
-        store(model, out / f"{name}.early.safetensors")
-        found = counts(networks.Normalized(model), data.test_x, data.test_y)
-        log(f"epoch {epoch} acc {cards.show(found['acc'])}")
-
-    return model, clean(model, data, entry.recipe, work, log, seed=seed, at_epoch=early)
+    return model, clean(model, data, entry.recipe, work, log, seed=seed)
 
 
 @click.group()
