@@ -64,7 +64,8 @@ class Bench:
     ledger: Ledger
     splits: Splits
     triggers: Mapping[str, Trigger]
-    trigger_specs: Sequence[Mapping[str, Any]]
+    trigger_digests: Mapping[str, str]
+    """By name: what each trigger does to some samples, for its picture or code may change under one name."""
     seed: int
     progress: Progress
 
@@ -161,7 +162,7 @@ def measured(lined: Lined, artifact: Artifact, bench: Bench) -> Measurement:
         artifact.sha256,
         dict(runtime.environment()),
         bench.splits.holdout.sha256,
-        bench.trigger_specs,
+        bench.trigger_digests,
         digests.of_arrays(lined.reference.logits.numpy(), lined.reference.subject_predictions.numpy()),
     )
     known = bench.ledger.find(Measurement, *determined_by)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from secure_export import __version__, data, defence, loading, registry
+from secure_export import __version__, data, defence, digests, loading, registry
 from secure_export.environment import versions
 from secure_export.errors import LoadError, NoVerdict, PolicyError, ReleaseError
 from secure_export.lane import Bench, at_the_head, through_settings
@@ -121,12 +121,17 @@ def open_bench(policy: Policy, run_dir: Path, splits: Splits, progress: Progress
     """Where files are made and what is already done."""
     folder = run_dir / "work"
     folder.mkdir(parents=True, exist_ok=True)
+    triggers = {spec.name: registry.build(Trigger, "triggers", spec.plugin) for spec in policy.triggers}
+    some = splits.calibration.floats(slice(0, 16))
     return Bench(
         folder=folder,
         ledger=Ledger(run_dir / "ledger", versions()),
         splits=splits,
-        triggers={spec.name: registry.build(Trigger, "triggers", spec.plugin) for spec in policy.triggers},
-        trigger_specs=[{"name": spec.name, **spec.plugin} for spec in policy.triggers],
+        triggers=triggers,
+        trigger_digests={
+            spec.name: digests.of_json([spec.plugin, digests.of_arrays(triggers[spec.name](some).numpy())])
+            for spec in policy.triggers
+        },
         seed=policy.seed,
         progress=progress,
     )

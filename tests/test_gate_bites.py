@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from secure_export import lane, pipeline
@@ -132,3 +133,14 @@ def test_same_command_again_does_only_what_is_missing(
     second = run_toy(toys.clean())
     assert second.verdict == first.verdict
     assert [s.purified for s in second.settings] == [s.purified for s in first.settings]
+
+
+def test_trigger_file_that_changed_is_measured_anew(run_toy: RunToy, tmp_path: Path) -> None:
+    path = tmp_path / "pattern.npy"
+    custom = [{"name": "mine", "kind": "custom", "additive": str(path)}]
+    pattern = np.zeros((1, 8, 8), np.float32)
+    np.save(path, pattern)
+    assert failed(run_toy(toys.awake(), triggers=custom), "lift") == set()
+    pattern[:, *toys.PATCH] = 1
+    np.save(path, pattern)
+    assert failed(run_toy(toys.awake(), triggers=custom), "lift") == {"fp32", "int8"}
