@@ -20,7 +20,6 @@ from torch import nn
 from benchmarks import cards, datasets, networks, settings
 from benchmarks.attacks import badnets, pcb, qcb
 from benchmarks.attacks.clean import Clean, clean
-from benchmarks.measuring import counts
 from secure_export import digests
 from secure_export.errors import DataError, SecureExportError
 from secure_export.triggers import Trigger
