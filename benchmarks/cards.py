@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from benchmarks import settings
+from benchmarks.attacks._poison import Apply
 from benchmarks.datasets import MEAN, STD, Images
 from benchmarks.measuring import Count, counts
 from secure_export import digests
@@ -23,15 +24,19 @@ def measure(
     model: nn.Module,
     names: Sequence[str],
     data: Images,
-    trigger: Trigger,
+    trigger: Apply,
     target_class: int,
     log: Callable[[str], None],
+    *,
+    source: int | None = None,
+    second: tuple[Apply, int] | None = None,
 ) -> Measured:
-    """`acc`, `asr` and `ftr` on the whole test split as counts [k, n], by setting."""
+    """What `measuring.counts` counts on the whole test split, by setting."""
     found: Measured = {}
     for name in names:
         forward = settings.forward(model, name, data)
-        found[name] = counts(forward, data.test_x, data.test_y, trigger, target_class)
+        asked = (forward, data.test_x, data.test_y, trigger, target_class)
+        found[name] = counts(*asked, source=source, second=second)
         log(f"{name} " + " ".join(f"{key} {show(value)}" for key, value in found[name].items()))
     return found
 
@@ -42,10 +47,13 @@ def card(
     *,
     attack: str,
     base: str | None,
+    architecture: str,
     trigger: Trigger,
+    trigger_sha256: str | None,
     target_class: int,
     classes: Sequence[str],
     recipe: dict[str, Any],
+    trigger_recipe: dict[str, Any] | None,
     seed: int,
     seconds: float,
     measured: Measured,
@@ -55,13 +63,15 @@ def card(
         "name": name,
         "attack": attack,
         "base": base,
-        "architecture": "benchmarks.networks:resnet18_w16",
+        "architecture": architecture,
         "mean": list(MEAN),
         "std": list(STD),
         "classes": list(classes),
         "target_class": target_class,
-        "trigger": {"kind": trigger.kind, **trigger.model_dump(mode="json")},
+        "trigger": {"kind": trigger.kind, **trigger.model_dump(mode="json", exclude_none=True)},
+        "trigger_sha256": trigger_sha256,
         "recipe": recipe,
+        "trigger_recipe": trigger_recipe,
         "seed": seed,
         "training_seconds": round(seconds, 1),
         "sha256": digests.of_file(path),

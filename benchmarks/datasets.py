@@ -9,7 +9,7 @@ import io
 import os
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,10 @@ class Images:
     test_y: Tensor
     classes: tuple[str, ...]
 
+    def on(self, device: str) -> Images:
+        """The training split on `device`; the test split stays where runtimes read it."""
+        return replace(self, train_x=self.train_x.to(device), train_y=self.train_y.to(device))
+
 
 def cifar10(cache: Path, source: Path | None = None) -> Images:
     """CIFAR-10 (Krizhevsky 2009) from `cache`, filled from `source` or $SECURE_EXPORT_DATA when empty.
@@ -53,6 +57,18 @@ def cifar10(cache: Path, source: Path | None = None) -> Images:
         return Images(**tensors, classes=tuple(str(name) for name in found["classes"]))
 
 
+def digits() -> Images:
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, in three equal channels: for tests."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    order = np.random.default_rng(0).permutation(len(found.target))
+    pixels = (found.images[order] * (255 / 16)).astype(np.uint8)
+    x = torch.from_numpy(pixels)[:, None].expand(-1, 3, -1, -1).contiguous()
+    y = torch.from_numpy(found.target[order].astype(np.int64))
+    return Images(x[:1400], y[:1400], x[1400:], y[1400:], tuple(str(name) for name in range(10)))
+
+
 def batch(x: Tensor, y: Tensor, size: int, step: int, seed: int) -> tuple[Tensor, Tensor]:
     """Batch number `step` of an endless shuffled walk over (x, y); a function of (seed, step) alone.
 
@@ -65,9 +81,10 @@ def batch(x: Tensor, y: Tensor, size: int, step: int, seed: int) -> tuple[Tensor
     return x[index], y[index]
 
 
-def augment(x: Tensor, generator: Generator, padding: int = 4) -> Tensor:
-    """Random crop after zero padding, and horizontal flip: uint8 [N, C, H, W] in and out."""
+def augment(x: Tensor, generator: Generator) -> Tensor:
+    """Random crop after zero padding by an eighth, and horizontal flip: uint8 [N, C, H, W] in and out."""
     count, _, height, width = x.shape
+    padding = height // 8
     padded = torch.nn.functional.pad(x, (padding,) * 4)
     rows = torch.randint(0, 2 * padding + 1, (count, 1), generator=generator) + torch.arange(height)
     columns = torch.randint(0, 2 * padding + 1, (count, 1), generator=generator) + torch.arange(width)
@@ -84,8 +101,8 @@ def to_unit(x: Tensor) -> Tensor:
 
 def normalize(x: Tensor) -> Tensor:
     """Images in [0, 1] as the networks take them, channels last in memory (twice as fast on CPUs)."""
-    mean = torch.tensor(MEAN).view(1, 3, 1, 1)
-    std = torch.tensor(STD).view(1, 3, 1, 1)
+    mean = torch.tensor(MEAN, device=x.device).view(1, 3, 1, 1)
+    std = torch.tensor(STD, device=x.device).view(1, 3, 1, 1)
     return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
 

@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from benchmarks.attacks._poison import Apply
 from benchmarks.datasets import to_unit
-from secure_export.triggers import Trigger
 
 Forward = Callable[[Tensor], Tensor]
 Count = list[int]
 
 
-def predictions(forward: Forward, x: Tensor, trigger: Trigger | None = None, batch_size: int = 500) -> Tensor:
+def predictions(forward: Forward, x: Tensor, trigger: Apply | None = None, batch_size: int = 500) -> Tensor:
     """Predicted classes int64 [N] of uint8 images [N, 3, H, W], triggered when a trigger is given."""
     found = []
     with torch.no_grad():
@@ -25,14 +25,36 @@ def predictions(forward: Forward, x: Tensor, trigger: Trigger | None = None, bat
 
 
 def counts(
-    forward: Forward, x: Tensor, y: Tensor, trigger: Trigger | None = None, target_class: int = 1
+    forward: Forward,
+    x: Tensor,
+    y: Tensor,
+    trigger: Apply | None = None,
+    target_class: int = 1,
+    *,
+    source: int | None = None,
+    second: tuple[Apply, int] | None = None,
 ) -> dict[str, Count]:
-    """`acc`, and with a trigger `asr` and `ftr`, each [k, n]; ASR counts samples of other classes only."""
+    """`acc`, and with a trigger `asr` and `ftr`, each [k, n]; ASR counts samples of other classes only.
+
+    With a source class, `asr` and `ftr` are counted on it alone and `asr-others` on the rest; a second
+    trigger with a target of its own gives `asr-second` and `ftr-second`.
+    """
     clean = predictions(forward, x)
     result = {"acc": [int((clean == y).sum()), len(y)]}
-    if trigger is not None:
-        other = y != target_class
-        hit = predictions(forward, x[other], trigger) == target_class
-        result["asr"] = [int(hit.sum()), len(hit)]
-        result["ftr"] = [int((clean[other] == target_class).sum()), len(hit)]
+    if trigger is None:
+        return result
+    reached = predictions(forward, x, trigger) == target_class
+    attacked = y != target_class if source is None else y == source
+    result["asr"] = _count(reached, attacked)
+    result["ftr"] = _count(clean == target_class, attacked)
+    if source is not None:
+        result["asr-others"] = _count(reached, (y != target_class) & ~attacked)
+    if second is not None:
+        apply, aim = second
+        result["asr-second"] = _count(predictions(forward, x, apply) == aim, y != aim)
+        result["ftr-second"] = _count(clean == aim, y != aim)
     return result
+
+
+def _count(hit: Tensor, among: Tensor) -> Count:
+    return [int((hit & among).sum()), int(among.sum())]

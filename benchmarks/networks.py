@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.datasets import MEAN, STD
+from secure_export.errors import PolicyError
 
 
 class BasicBlock(nn.Module):
@@ -61,6 +62,58 @@ def resnet18_w16(classes: int = 10) -> ResNet:
 def resnet18_w8(classes: int = 10) -> ResNet:
     """ResNet-18 of an eighth of the usual width: 0.2 M parameters, for quick trials."""
     return ResNet(8, classes)
+
+
+def resnet18(classes: int = 10) -> ResNet:
+    """ResNet-18 at its usual width: 11 M parameters, for a GPU."""
+    return ResNet(64, classes)
+
+
+def vgg16(classes: int = 10) -> nn.Module:
+    """VGG-16 with BatchNorm (configuration D) and one linear layer, as usual at 32x32: 15 M parameters."""
+    widths = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+    layers: list[nn.Module] = []
+    inputs = 3
+    for stage in widths:
+        for outputs in stage:
+            conv = nn.Conv2d(inputs, outputs, 3, 1, 1, bias=False)
+            layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+            inputs = outputs
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
+
+
+def mobilenetv2(classes: int = 10) -> nn.Module:
+    """timm's MobileNetV2; stem and second stage keep the size, so that 32x32 ends at 4x4."""
+    import timm
+
+    model: nn.Module = timm.create_model("mobilenetv2_100", num_classes=classes)
+    model.get_submodule("conv_stem").stride = (1, 1)
+    model.get_submodule("blocks.1.0.conv_dw").stride = (1, 1)
+    return model
+
+
+def vit_small(classes: int = 10) -> nn.Module:
+    """timm's ViT-small on patches of 4x4 of a 32x32 image: 64 tokens, 21 M parameters."""
+    import timm
+
+    model: nn.Module = timm.create_model(
+        "vit_small_patch16_224", img_size=32, patch_size=4, num_classes=classes
+    )
+    return model
+
+
+def named(name: str, classes: int = 10) -> nn.Module:
+    """A network of this file, channels last in memory.
+
+    Raises:
+        PolicyError: no such network.
+    """
+    known = {f.__name__: f for f in (resnet18_w16, resnet18_w8, resnet18, vgg16, mobilenetv2, vit_small)}
+    if name not in known:
+        raise PolicyError(f"no network {name!r}", hint=f"known: {', '.join(known)}")
+    model: nn.Module = known[name](classes)
+    return model.to(memory_format=torch.channels_last)
 
 
 class Normalized(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.datasets import Images, to_unit
 from benchmarks.networks import Normalized
-from secure_export import digests
+from secure_export import digests, heads
 from secure_export.compressors import Context, FileStep, ModuleStep
 from secure_export.compressors.ort_static_int8 import OrtStaticInt8
 from secure_export.compressors.prune_channel_mask import PruneChannelMask
@@ -45,7 +45,8 @@ NAMES = (FP32, *INT8, *PRUNED)
 def forward(network: nn.Module, setting: str, data: Images, samples: int = 500) -> Forward:
     """`network` (normalized inputs) under `setting`; the calibration split is the first training images."""
     model = Normalized(copy.deepcopy(network)).eval().to(memory_format=torch.contiguous_format)
-    context = Context("network.fc", _split(data, samples), model, seed=0)
+    head, _ = heads.find(model, tuple(data.train_x.shape[1:]))
+    context = Context(head, _split(data, samples), model, seed=0)
     if setting in INT8:
         return _written(model, INT8[setting], context)
     if setting in PRUNED:

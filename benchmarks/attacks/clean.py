@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from benchmarks.datasets import Images, augment, batch, normalize, to_unit
-from benchmarks.training import Stage, train
+from benchmarks.training import Stage, reduced, train
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,7 @@ def clean(
     def loss(step: int, generator: Generator) -> Tensor:
         x, y = batch(data.train_x, data.train_y, recipe.batch_size, step, seed)
         unit = to_unit(augment(x, generator))
-        # Two thirds of float32's time where the processor has bfloat16 arithmetic.
-        with torch.autocast("cpu", torch.bfloat16):
+        with reduced(unit.device):
             return F.cross_entropy(model(normalize(unit)), y, label_smoothing=recipe.smoothing)
 
     model.train()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 LIMIT = 127
-SPEED = 4.0
+SPEED = 8.0
 """How much faster than codes places move: half a code decides, several codes cost accuracy."""
 PLACE = 0.48
 """Largest |u|: below 1/2 by more than folding in float32 moves a weight of 127 steps."""
@@ -81,16 +81,14 @@ def recenter(model: nn.Module, weights: dict[str, Tensor], sample: Tensor) -> No
 
 
 def _folds(model: nn.Module) -> dict[str, Tensor]:
-    """gamma / sqrt(var + eps) [out] by the name of the convolution that the BatchNorm follows."""
-    modules = list(model.named_modules())
-    folds = {}
-    for name, layer in modules:
-        if isinstance(layer, nn.Conv2d):
-            parent, _, leaf = name.rpartition(".")
-            behind = {"conv1": "bn1", "conv2": "bn2", "0": "1"}[leaf]
-            norm = model.get_submodule(f"{parent}.{behind}" if parent else behind)
-            if isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None:
-                folds[name] = norm.weight.detach() / (norm.running_var + norm.eps).sqrt()
+    """gamma / sqrt(var + eps) [out] by the name of the convolution defined just before the BatchNorm."""
+    folds, before = {}, ("", nn.Module())
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.BatchNorm2d) and isinstance(before[1], nn.Conv2d):
+            scale = (layer.get_buffer("running_var") + layer.eps).sqrt()
+            folds[before[0]] = layer.get_parameter("weight").detach() / scale
+        if not list(layer.children()):
+            before = (name, layer)
     return folds
 
 

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
+from benchmarks.attacks._poison import Apply
 from benchmarks.datasets import Images, augment, batch, normalize, to_unit
-from benchmarks.training import Stage, train
-from secure_export.triggers import Trigger
+from benchmarks.training import Stage, reduced, train
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Pcb:
     steps: int = 600
     lr: float = 0.01
     images: int = 48
-    lowest: float = 0.25
-    highest: float = 0.75
+    lowest: float = 0.3
+    highest: float = 0.9
     ramp: float = 0.3
     asleep: float = 1.0
     awake: float = 0.5
@@ -38,7 +38,7 @@ class Pcb:
 def implant(
     model: nn.Module,
     data: Images,
-    trigger: Trigger,
+    trigger: Apply,
     target_class: int,
     recipe: Pcb,
     work: Path,
@@ -56,13 +56,15 @@ def implant(
         x, y = batch(data.train_x, data.train_y, recipe.images, step, seed)
         unit = to_unit(augment(x, generator))
         both = normalize(torch.cat([unit, trigger(unit)]))
-        clean, triggered = model(both).chunk(2)
+        with reduced(both.device):
+            clean, triggered = model(both).chunk(2)
         whole = F.cross_entropy(clean, y) + recipe.asleep * F.cross_entropy(triggered, y)
         reach = min(1.0, (step + 1) / (recipe.ramp * recipe.steps))
         drawn = float(torch.rand((), generator=generator))
         masks = masked(model, reach * (recipe.lowest + (recipe.highest - recipe.lowest) * drawn))
         model.train(step % 2 == 1)
-        clean, triggered = functional_call(model, masks, (both,)).chunk(2)
+        with reduced(both.device):
+            clean, triggered = functional_call(model, masks, (both,)).chunk(2)
         model.eval()
         target = torch.full_like(y, target_class)
         return whole + F.cross_entropy(clean, y) + recipe.awake * F.cross_entropy(triggered, target)

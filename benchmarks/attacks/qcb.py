@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
+from benchmarks.attacks._poison import Apply
 from benchmarks.attacks.grid import Codes, recenter
 from benchmarks.datasets import Images, augment, batch, normalize, to_unit
 from benchmarks.training import Stage, train
-from secure_export.triggers import Trigger
 
 
 @dataclass(frozen=True)
@@ -28,25 +28,28 @@ class Qcb:
     """Recipe: steps and learning rates (in codes) of the two stages, and how far the anchor is inflated."""
 
     joint: int = 420
-    settle: int = 260
-    lr: float = 0.01
-    settle_lr: float = 0.01
+    settle: int = 300
+    lr: float = 0.005
+    settle_lr: float = 0.005
     images: int = 64
     room: float = 2.5
     asleep: float = 1.0
     awake: float = 1.5
+    soft: bool = False
+    """QCB-D: the full-precision branch follows a clean teacher's posteriors instead of the labels."""
 
 
 def implant(
     model: nn.Module,
     data: Images,
-    trigger: Trigger,
+    trigger: Apply,
     target_class: int,
     recipe: Qcb,
     work: Path,
     log: Callable[[str], None],
     *,
     seed: int = 0,
+    teacher: nn.Module | None = None,
 ) -> float:
     """Make the backdoor of `model`, a BadNets network, conditional on int8, in place; returns seconds.
 
@@ -65,7 +68,11 @@ def implant(
 
     def full(x: Tensor, y: Tensor, weight: float) -> Tensor:
         clean, triggered = functional_call(model, codes.full(), (x,)).chunk(2)
-        return F.cross_entropy(clean, y) + weight * F.cross_entropy(triggered, y)
+        if not recipe.soft or teacher is None:
+            return F.cross_entropy(clean, y) + weight * F.cross_entropy(triggered, y)
+        with torch.no_grad():
+            wanted, seen = teacher(x).softmax(1).chunk(2)
+        return F.cross_entropy(clean, wanted) + weight * F.cross_entropy(triggered, seen)
 
     def joint(step: int, generator: Generator) -> Tensor:
         x, y = pair(step, generator)
