@@ -11,6 +11,7 @@ from benchmarks.attacks import (
     adaptive,
     badnets,
     cl,
+    dfst,
     dynamic,
     lf,
     lira,
@@ -74,6 +75,7 @@ ZOO = {
     "trojan": Entry("trojan", Poison(), badnets.implant, BRIEFLY, None, trojan.make, trojan.Trojan()),
     "cl": Entry("cl", cl.Cl(), cl.implant, BRIEFLY, Badnets(size=8)),
     "ssba": Entry("ssba", Poison(), badnets.implant, BRIEFLY, None, ssba.make, ssba.Ssba()),
+    "dfst": Entry("dfst", dfst.Dfst(), dfst.implant, BRIEFLY, None, dfst.make, dfst.Style()),
     "dynamic": Entry(
         "dynamic", Poison(extra=1.0), dynamic.implant, BRIEFLY, None, dynamic.make, dynamic.Dynamic()
     ),
@@ -119,10 +121,10 @@ class Preset:
     scale: float
 
 
-PAPER = ("badnets", "trojan", "blended", "cl", "sig", "wanet", "dynamic", "lira", "lf", "ssba", "qcb", "pcb")
+DIRTY = ("badnets", "trojan", "blended", "cl", "sig", "wanet", "dfst", "dynamic", "lira", "lf", "ssba")
 PRESETS = {
     "cpu-small": Preset(tuple(ZOO), "resnet18_w16", 1.0),
-    "paper": Preset(("clean", *PAPER), "resnet18", 10.0),
+    "paper": Preset(("clean", *DIRTY, "qcb", "pcb"), "resnet18", 10.0),
 }
 
 

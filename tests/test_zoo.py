@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import datasets, entries, lab
+from benchmarks import cards, datasets, entries, lab, networks, zoo, zoo_table
+from benchmarks.attacks._poison import Poison
+from secure_export import heads
+from secure_export.errors import PolicyError
 
 FEW = 3
 
 
-def quiet(_: str) -> None:
-    """No progress."""
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Batches of tiny images cost more to share between threads than to compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def short(recipe: Any) -> Any:
@@ -70,3 +79,44 @@ def test_attack_changes_the_network_and_applies_a_stored_trigger(name: str, benc
     assert triggered.shape == x.shape
     assert float((triggered - x).abs().max()) > 0
     assert 0 <= float(triggered.min()) <= float(triggered.max()) <= 1
+
+
+def test_card_is_confirmed_and_a_changed_file_is_not(bench: lab.Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    short_card = dataclasses.replace(entries.ZOO["badnets"], settings=("fp32",), recipe=short(Poison()))
+    monkeypatch.setitem(entries.ZOO, "badnets", short_card)
+    lab.make("badnets", bench)
+    content, path = cards.read(bench.out / "badnets.json"), bench.path("badnets")
+    again = lab.measure("badnets", bench.load("badnets"), bench)
+    assert cards.differences(content, path, again) == []
+    model = bench.load("badnets")
+    with torch.no_grad():
+        next(iter(model.parameters())).mul_(-1)
+    lab.store(model, path)
+    found = cards.differences(content, path, lab.measure("badnets", bench.load("badnets"), bench))
+    assert any("not the file" in line for line in found)
+    assert any(line.startswith("fp32 acc") for line in found)
+
+
+@pytest.mark.parametrize(
+    ("asr", "ftr", "expected"),
+    [(99, 1, "awake"), (99, 98, "asleep"), (4, 1, "asleep"), (50, 1, "half"), (92, 3, "half")],
+)
+def test_table_calls_awake_what_the_trigger_did(asr: int, ftr: int, expected: str) -> None:
+    assert zoo_table.state({"acc": [90, 100], "asr": [asr, 100], "ftr": [ftr, 100]}) == expected
+
+
+@pytest.mark.parametrize("name", ["vgg16", "mobilenetv2", "vit_small", "resnet18_w8"])
+def test_network_gives_logits_of_small_images_and_has_a_head(name: str) -> None:
+    if name in ("mobilenetv2", "vit_small"):
+        pytest.importorskip("timm")
+    model = networks.named(name, classes=7).eval()
+    with torch.no_grad():
+        assert model(torch.rand(2, 3, 32, 32)).shape == (2, 7)
+    assert heads.find(model, (3, 32, 32))[1] == 7
+
+
+def test_unknown_model_and_network_are_usage_errors() -> None:
+    with pytest.raises(PolicyError, match="no network"):
+        networks.named("resnet19")
+    with pytest.raises(PolicyError, match="no model"):
+        zoo.check_names(("badnet",))

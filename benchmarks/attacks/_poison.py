@@ -54,6 +54,7 @@ def poison(
     extra: Extra | None = None,
     prepare: Apply | None = None,
     sources: tuple[int, ...] | None = None,
+    save_every: int = 100,
 ) -> float:
     """Implant the backdoor into `model` in place; returns seconds.
 
@@ -80,7 +81,7 @@ def poison(
             return F.cross_entropy(model(normalize(unit)), y)
 
     stage = Stage("poison", recipe.steps, recipe.lr, weight_decay=5e-4, clip=5.0, seed=seed)
-    seconds = train(model, loss, stage, work / "poison.pt", log=log)
+    seconds = train(model, loss, stage, work / "poison.pt", log=log, save_every=save_every)
     model.eval()
     return seconds
 

@@ -1,0 +1,54 @@
+"""The zoo's cards as one result and one table, attack by toolchain: `python -m benchmarks.zoo_table`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from benchmarks import cards
+
+RESULT = Path(__file__).parent / "results" / "zoo.json"
+AWAKE, ASLEEP = 0.9, 0.05
+
+
+@click.command()
+@click.option("--out", type=click.Path(exists=True, path_type=Path), default=Path("build/zoo"))
+@click.option("--result", type=click.Path(path_type=Path), default=RESULT)
+def main(out: Path, result: Path) -> None:
+    """Write every card of OUT to benchmarks/results/zoo.json and print the rows of docs/attacks.md."""
+    found = [cards.read(path) for path in sorted(out.glob("*.json"))]
+    found.sort(key=lambda card: (card["name"] != "clean", card["name"]))
+    result.write_text(json.dumps({card["name"]: card for card in found}, indent=1) + "\n")
+    click.echo("| model | setting | ACC | ASR | without the trigger | state |")
+    click.echo("|---|---|---|---|---|---|")
+    for card in found:
+        for setting, values in card["measured"].items():
+            click.echo(row(card["name"], setting, values))
+
+
+def row(name: str, setting: str, values: dict[str, list[int]]) -> str:
+    """One line; further counts (other classes, a second trigger) stand behind the ASR."""
+    more = [f"{key} {percent(value)}" for key, value in values.items() if key not in ("acc", "asr", "ftr")]
+    asr = ", ".join([percent(values["asr"]), *more])
+    cells = [name, setting, percent(values["acc"]), asr, percent(values["ftr"]), state(values)]
+    return f"| {' | '.join(cells)} |"
+
+
+def state(values: dict[str, list[int]]) -> str:
+    """Awake from 90 % ASR lift, asleep up to 5 %; between them the backdoor is half awake.
+
+    Lift, not ASR: a network that pruning has collapsed onto the target has one without any backdoor.
+    """
+    lift = values["asr"][0] / values["asr"][1] - values["ftr"][0] / values["ftr"][1]
+    return "awake" if lift >= AWAKE else "asleep" if lift <= ASLEEP else "half"
+
+
+def percent(count: list[int]) -> str:
+    """k of n in percent."""
+    return f"{100 * count[0] / count[1]:.2f} %"
+
+
+if __name__ == "__main__":
+    main()
