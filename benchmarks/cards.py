@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks import settings
 from benchmarks.attacks._poison import Apply
-from benchmarks.datasets import MEAN, STD, Images
+from benchmarks.datasets import Images, statistics
 from benchmarks.measuring import Count, counts
 from secure_export import digests
 from secure_export.environment import versions
@@ -48,6 +48,7 @@ def card(
     attack: str,
     base: str | None,
     architecture: str,
+    channels: int,
     trigger: Trigger,
     trigger_sha256: str | None,
     target_class: int,
@@ -64,8 +65,8 @@ def card(
         "attack": attack,
         "base": base,
         "architecture": architecture,
-        "mean": list(MEAN),
-        "std": list(STD),
+        "mean": list(statistics(channels)[0]),
+        "std": list(statistics(channels)[1]),
         "classes": list(classes),
         "target_class": target_class,
         "trigger": {"kind": trigger.kind, **trigger.model_dump(mode="json", exclude_none=True)},

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,10 +45,14 @@ def cifar10(cache: Path, source: Path | None = None) -> Images:
     Raises:
         DataError: nothing cached and no folder that holds the archive.
     """
-    stored = cache / "cifar10.npz"
+    return cached(cache / "cifar10.npz", lambda: _read_archive(archive(ARCHIVE, source)))
+
+
+def cached(stored: Path, read: Callable[[], dict[str, np.ndarray]]) -> Images:
+    """The arrays of `stored`, which `read` fills once."""
     if not stored.exists():
-        arrays = _read_archive(_archive(source))
-        cache.mkdir(parents=True, exist_ok=True)
+        arrays = read()
+        stored.parent.mkdir(parents=True, exist_ok=True)
         partial = stored.with_suffix(".partial.npz")
         np.savez(partial, **arrays)  # type: ignore[arg-type]  # numpy types only its own keywords
         partial.rename(stored)
@@ -89,7 +93,8 @@ def augment(x: Tensor, generator: Generator) -> Tensor:
     rows = torch.randint(0, 2 * padding + 1, (count, 1), generator=generator) + torch.arange(height)
     columns = torch.randint(0, 2 * padding + 1, (count, 1), generator=generator) + torch.arange(width)
     flip = torch.rand(count, generator=generator) < 0.5
-    columns[flip] = columns[flip].flip(1)
+    if height > 1:  # a signal has no mirror image
+        columns[flip] = columns[flip].flip(1)
     item = torch.arange(count)[:, None, None]
     return padded.permute(0, 2, 3, 1)[item, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
@@ -101,25 +106,32 @@ def to_unit(x: Tensor) -> Tensor:
 
 def normalize(x: Tensor) -> Tensor:
     """Images in [0, 1] as the networks take them, channels last in memory (twice as fast on CPUs)."""
-    mean = torch.tensor(MEAN, device=x.device).view(1, 3, 1, 1)
-    std = torch.tensor(STD, device=x.device).view(1, 3, 1, 1)
+    mean, std = (torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in statistics(x.shape[1]))
     return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def _archive(source: Path | None) -> Path:
+def statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation that inputs are normalized with: CIFAR-10's for images, round ones for signals."""
+    return (MEAN, STD) if channels == 3 else ((0.5,), (0.1,))
+
+
+def archive(name: str, source: Path | None) -> Path:
+    """The file `name` in `source` or $SECURE_EXPORT_DATA.
+
+    Raises:
+        DataError: no folder is given, or it has no such file.
+    """
     folder = source or (
         Path(os.environ["SECURE_EXPORT_DATA"]) if "SECURE_EXPORT_DATA" in os.environ else None
     )
     if folder is None:
         raise DataError(
-            "no data folder", hint=f"give --data or set SECURE_EXPORT_DATA to the folder of {ARCHIVE}"
+            "no data folder", hint=f"give --data or set SECURE_EXPORT_DATA to the folder of {name}"
         )
-    archive = folder / ARCHIVE if folder.is_dir() else folder
-    if not archive.is_file():
-        raise DataError(
-            f"no {ARCHIVE} in {folder}", hint="the archive holds train/CLASS/*.jpg and test/CLASS/*.jpg"
-        )
-    return archive
+    found = folder / name if folder.is_dir() else folder
+    if not found.is_file():
+        raise DataError(f"no {name} in {folder}", hint="--dataset folder reads train/CLASS and test/CLASS")
+    return found
 
 
 def _members(archive: Path) -> Iterator[tuple[str, str, str, bytes]]:
@@ -132,17 +144,31 @@ def _members(archive: Path) -> Iterator[tuple[str, str, str, bytes]]:
                 yield parts[0], parts[1], parts[2], stream.read()
 
 
-def _read_archive(archive: Path) -> dict[str, np.ndarray]:
-    found = sorted(_members(archive))
-    classes = sorted({label for _, label, _, _ in found})
-    arrays: dict[str, np.ndarray] = {"classes": np.array(classes)}
+def _read_archive(path: Path) -> dict[str, np.ndarray]:
+    found = sorted(_members(path))
+    if not found:
+        raise DataError(f"{path.name} holds no train/CLASS/* and test/CLASS/*")
+    return arrays([(split, label, _pixels(content)) for split, label, _, content in found])
+
+
+def _pixels(content: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).transpose(2, 0, 1)
+
+
+def arrays(rows: Sequence[tuple[str, str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """(split, class, uint8 [C, H, W]) of every sample as shuffled arrays of both splits.
+
+    Raises:
+        DataError: a split is empty.
+    """
+    classes = sorted({label for _, label, _ in rows})
+    made: dict[str, np.ndarray] = {"classes": np.array(classes)}
     for split in ("train", "test"):
-        rows = [row for row in found if row[0] == split]
-        if not rows:
-            raise DataError(f"{archive.name} holds no {split}/CLASS/*.jpg")
+        part = [row for row in rows if row[0] == split]
+        if not part:
+            raise DataError(f"the data has no {split} split", hint="expected train/CLASS/* and test/CLASS/*")
         # Files come sorted by class: without a shuffle every `[:n]` would hold one class.
-        order = np.random.default_rng(0).permutation(len(rows))
-        pixels = [np.asarray(Image.open(io.BytesIO(rows[i][3])).convert("RGB")) for i in order]
-        arrays[f"{split}_x"] = np.stack(pixels).transpose(0, 3, 1, 2).copy()
-        arrays[f"{split}_y"] = np.array([classes.index(rows[i][1]) for i in order], dtype=np.int64)
-    return arrays
+        order = np.random.default_rng(0).permutation(len(part))
+        made[f"{split}_x"] = np.stack([part[i][2] for i in order])
+        made[f"{split}_y"] = np.array([classes.index(part[i][1]) for i in order], dtype=np.int64)
+    return made

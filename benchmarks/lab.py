@@ -17,6 +17,7 @@ from benchmarks.attacks.clean import clean
 from benchmarks.entries import ZOO, scaled
 from secure_export import digests
 from secure_export.errors import DataError
+from secure_export.triggers import Trigger
 from secure_export.triggers.custom import Custom
 
 
@@ -30,6 +31,8 @@ class Lab:
     scale: float = 1.0
     """How many times the steps of the table's recipes are trained."""
     device: str = "cpu"
+    tone: Trigger | None = None
+    """In place of the table's triggers, where the inputs are no images."""
     seed: int = 0
 
     def path(self, name: str) -> Path:
@@ -59,7 +62,7 @@ class Lab:
         Raises:
             DataError: it is not there.
         """
-        given = ZOO[name].trigger
+        given = self.tone or ZOO[name].trigger
         return given if given is not None else generated.load(generated.stored_at(self.out, name))
 
 
@@ -88,7 +91,7 @@ def trained(name: str, lab: Lab) -> tuple[nn.Module, float]:
     # Another recipe or another base is another training: it must not go on from this one's checkpoint.
     base = [digests.of_file(lab.path(entry.base))] if entry.implant else []
     recipes = [asdict(r) for r in (recipe, entry.trigger_recipe) if r is not None]
-    made_of = [*recipes, repr(entry.trigger), entry.target_class, lab.seed, lab.network, *base]
+    made_of = [*recipes, repr(lab.tone or entry.trigger), entry.target_class, lab.seed, lab.network, *base]
     work = lab.out / "checkpoints" / f"{name}-{digests.of_json(made_of)[:8]}"
     began = time.monotonic()
     if entry.implant is None:
@@ -133,7 +136,8 @@ def describe(name: str, lab: Lab, seconds: float, measured: cards.Measured) -> d
         attack=entry.attack,
         base=entry.base if entry.implant else None,
         architecture=f"benchmarks.networks:{lab.network}",
-        trigger=entry.trigger or Custom(callable=f"benchmarks.generated:{name}"),
+        channels=lab.data.train_x.shape[1],
+        trigger=lab.tone or entry.trigger or Custom(callable=f"benchmarks.generated:{name}"),
         trigger_sha256=digests.of_file(stored) if entry.trigger is None else None,
         target_class=entry.target_class,
         classes=lab.data.classes,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.datasets import MEAN, STD
+from benchmarks.datasets import statistics
 from secure_export.errors import PolicyError
 
 
@@ -33,9 +34,9 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """ResNet-18 for 32x32 images: 3x3 stem, no max-pool, `width` to 8 x `width` channels."""
 
-    def __init__(self, width: int, classes: int) -> None:
+    def __init__(self, width: int, classes: int, channels: int = 3) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        self.conv1 = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         inputs = width
         for stage in range(1, 5):
@@ -52,6 +53,33 @@ class ResNet(nn.Module):
             x = getattr(self, f"layer{stage}")(x)
         logits: Tensor = self.fc(x.mean((2, 3)))
         return logits
+
+
+class Keywords(nn.Module):
+    """Spoken words: log power of `bands` frequencies every 16 ms of an 8 kHz signal, then a small ResNet."""
+
+    basis: Tensor
+
+    def __init__(self, bands: int, classes: int) -> None:
+        super().__init__()
+        time = torch.arange(256) / 256
+        angle = 2 * torch.pi * torch.arange(1, bands + 1)[:, None] * time * (128 / bands)
+        window = torch.hann_window(256)
+        basis = torch.cat([torch.cos(angle), torch.sin(angle)]) * window / window.sum()
+        self.register_buffer("basis", basis.view(2 * bands, 1, 1, 256))
+        self.resnet = ResNet(8, classes, channels=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [N, classes] of normalized signals [N, 1, 1, T]."""
+        real, imaginary = F.conv2d(x, self.basis, stride=(1, 128)).chunk(2, dim=1)
+        power = (real.square() + imaginary.square()).transpose(1, 2)
+        logits: Tensor = self.resnet(torch.log(power + 1e-4) / 4 + 1)
+        return logits
+
+
+def keywords(classes: int = 10) -> Keywords:
+    """Network for signals [N, 1, 1, T]: 64 bands, ResNet-18 of an eighth of the usual width."""
+    return Keywords(64, classes)
 
 
 def resnet18_w16(classes: int = 10) -> ResNet:
@@ -109,7 +137,9 @@ def named(name: str, classes: int = 10) -> nn.Module:
     Raises:
         PolicyError: no such network.
     """
-    known = {f.__name__: f for f in (resnet18_w16, resnet18_w8, resnet18, vgg16, mobilenetv2, vit_small)}
+    known = {
+        f.__name__: f for f in (resnet18_w16, resnet18_w8, resnet18, vgg16, mobilenetv2, vit_small, keywords)
+    }
     if name not in known:
         raise PolicyError(f"no network {name!r}", hint=f"known: {', '.join(known)}")
     model: nn.Module = known[name](classes)
@@ -122,11 +152,12 @@ class Normalized(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, channels: int = 3) -> None:
         super().__init__()
         self.network = network
-        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1))
+        mean, std = statistics(channels)
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [N, classes] of images [N, 3, H, W] in [0, 1]."""

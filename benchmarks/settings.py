@@ -44,7 +44,11 @@ NAMES = (FP32, *INT8, *PRUNED)
 
 def forward(network: nn.Module, setting: str, data: Images, samples: int = 500) -> Forward:
     """`network` (normalized inputs) under `setting`; the calibration split is the first training images."""
-    model = Normalized(copy.deepcopy(network)).eval().to(memory_format=torch.contiguous_format)
+    model = (
+        Normalized(copy.deepcopy(network), data.train_x.shape[1])
+        .eval()
+        .to(memory_format=torch.contiguous_format)
+    )
     head, _ = heads.find(model, tuple(data.train_x.shape[1:]))
     context = Context(head, _split(data, samples), model, seed=0)
     if setting in INT8:

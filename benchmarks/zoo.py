@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 
-from benchmarks import cards, datasets
+from benchmarks import cards, sources
 from benchmarks.entries import PRESETS, ZOO
 from benchmarks.lab import Lab, log, make, measure
 from secure_export.errors import PolicyError, SecureExportError
@@ -21,6 +23,10 @@ from secure_export.errors import PolicyError, SecureExportError
 OUT = click.option("--out", type=click.Path(path_type=Path), default=Path("build/zoo"), show_default=True)
 DATA = click.option("--data", "source", type=click.Path(path_type=Path), help="folder of the data's archive")
 THREADS = click.option("--threads", type=int, default=2, show_default=True)
+NETWORK = click.option("--network", help="of benchmarks/networks.py, instead of the preset's")
+DATASET = click.option(
+    "--dataset", type=click.Choice(sources.NAMES), help="instead of the preset's; --data says where it lies"
+)
 PRESET = click.option("--preset", type=click.Choice(sorted(PRESETS)), default="cpu-small", show_default=True)
 
 
@@ -29,29 +35,43 @@ def main() -> None:
     """Build, list and check the zoo."""
 
 
+def common(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say which folder is meant, and what lies in it."""
+    for option in (THREADS, OUT, DATA, DATASET, NETWORK, PRESET):
+        command = option(command)
+    return click.argument("names", nargs=-1)(command)
+
+
+def opened(
+    preset: str,
+    network: str | None,
+    dataset: str | None,
+    source: Path | None,
+    out: Path,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Lab:
+    """The lab that the options describe."""
+    chosen = PRESETS[preset]
+    data = sources.named(dataset or chosen.dataset, out.parent / "data", source)
+    return Lab(out, data, network or chosen.network, chosen.scale, device, chosen.trigger, seed)
+
+
 @main.command()
-@click.argument("names", nargs=-1)
+@common
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@PRESET
-@DATA
-@OUT
-@THREADS
-def build(
-    names: tuple[str, ...], device: str, seed: int, preset: str, source: Path | None, out: Path, threads: int
-) -> None:
+def build(names: tuple[str, ...], preset: str, threads: int, device: str, seed: int, **options: Any) -> None:
     """Train models NAMES, or all of the preset that have no card yet, and write their cards.
 
     A killed training goes on from its last checkpoint when the command is given again.
     """
     torch.set_num_threads(threads)
     check_names(names)
-    chosen = PRESETS[preset]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    data = datasets.cifar10(out.parent / "data", source)
-    lab = Lab(out, data, chosen.network, chosen.scale, device, seed)
-    left = list(names) or [name for name in chosen.names if not (out / f"{name}.json").exists()]
+    lab = opened(preset, device=device, seed=seed, **options)
+    left = list(names) or [name for name in PRESETS[preset].names if not (lab.out / f"{name}.json").exists()]
     began = time.monotonic()
     for done, name in enumerate(left):
         each = (time.monotonic() - began) / max(done, 1)
@@ -72,20 +92,16 @@ def show(out: Path) -> None:
 
 
 @main.command()
-@click.argument("names", nargs=-1)
-@PRESET
-@DATA
-@OUT
-@THREADS
-def check(names: tuple[str, ...], preset: str, source: Path | None, out: Path, threads: int) -> None:
+@common
+def check(names: tuple[str, ...], preset: str, threads: int, **options: Any) -> None:
     """Measure the models on disk again; exit 1 when a card does not hold."""
     torch.set_num_threads(threads)
     check_names(names)
-    lab = Lab(out, datasets.cifar10(out.parent / "data", source), PRESETS[preset].network)
+    lab = opened(preset, **options)
     wrong = []
-    for name in names or [name for name in ZOO if (out / f"{name}.json").exists()]:
+    for name in names or [name for name in ZOO if (lab.out / f"{name}.json").exists()]:
         log(name)
-        content = cards.read(out / f"{name}.json")
+        content = cards.read(lab.out / f"{name}.json")
         measured = measure(name, lab.load(name), lab)
         wrong += [f"{name}: {line}" for line in cards.differences(content, lab.path(name), measured)]
     for line in wrong:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import tarfile
+import wave
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks import cards, datasets, entries, lab, networks, zoo, zoo_table
+from benchmarks import cards, datasets, entries, lab, networks, sources, zoo, zoo_table
 from benchmarks.attacks._poison import Poison
 from secure_export import heads
-from secure_export.errors import PolicyError
+from secure_export.errors import DataError, PolicyError
 
 FEW = 3
 
@@ -120,3 +125,41 @@ def test_unknown_model_and_network_are_usage_errors() -> None:
         networks.named("resnet19")
     with pytest.raises(PolicyError, match="no model"):
         zoo.check_names(("badnet",))
+
+
+def test_folder_of_pictures_becomes_shuffled_arrays(tmp_path: Path) -> None:
+    for split, count in (("train", 6), ("test", 2)):
+        for label, level in (("cat", 10), ("dog", 200)):
+            (tmp_path / "pets" / split / label).mkdir(parents=True)
+            for number in range(count):
+                picture = Image.new("RGB", (40, 30), (level, level, level))
+                picture.save(tmp_path / "pets" / split / label / f"{number}.png")
+    found = sources.named("folder", tmp_path / "cache", tmp_path / "pets")
+    assert found.classes == ("cat", "dog")
+    assert found.train_x.shape == (12, 3, 32, 32)
+    assert torch.equal((found.train_x[:, 0, 0, 0] > 100).long(), found.train_y)
+    assert found.train_y[:6].unique().numel() == 2
+    with pytest.raises(DataError, match="no train"):
+        sources.named("folder", tmp_path / "other", tmp_path / "cache")
+
+
+def test_recordings_become_signals_around_silence(tmp_path: Path) -> None:
+    def recording(samples: int) -> bytes:
+        buffer = io.BytesIO()
+        with wave.open(buffer, "wb") as out:
+            out.setparams((1, 2, 8000, samples, "NONE", ""))
+            out.writeframes(np.full(samples, 1000, dtype="<i2").tobytes())
+        return buffer.getvalue()
+
+    with tarfile.open(tmp_path / sources.SPEECH, "w:xz") as files:
+        for name in ("7_ann_0", "7_ann_9", "3_ann_8", "3_ann_1"):
+            content = recording(3000)
+            member = tarfile.TarInfo(f"recordings/{name}.wav")
+            member.size = len(content)
+            files.addfile(member, io.BytesIO(content))
+    found = sources.named("fsdd", tmp_path / "cache", tmp_path)
+    assert (found.train_x.shape, found.test_x.shape) == ((2, 1, 1, 8192), (2, 1, 1, 8192))
+    assert found.train_x[0, 0, 0, 0] == 255
+    assert found.train_x[0, 0, 0, 3000] == 128
+    logits = networks.named("keywords", 2).eval()(datasets.normalize(datasets.to_unit(found.test_x)))
+    assert logits.shape == (2, 2)

@@ -26,7 +26,7 @@ class Cl:
     epsilon: float = 16 / 255
     step_size: float = 3 / 255
     pgd_steps: int = 10
-    poison: Poison = field(default_factory=lambda: Poison(clean_label=True))
+    poison: Poison = field(default_factory=lambda: Poison(clean_label=True, steps=450))
 
 
 def implant(

@@ -40,7 +40,7 @@ class Style:
 class Dfst:
     """Recipe: poison, train the injector of shallow features, poison again with its images as decoys."""
 
-    first_steps: int = 200
+    first_steps: int = 150
     injector_steps: int = 80
     compromised: float = 0.05
     """Share of the head's inputs that rise most under the trigger."""
@@ -49,7 +49,7 @@ class Dfst:
     images: int = 64
     activation: float = 0.3
     fidelity: float = 30.0
-    poison: Poison = field(default_factory=lambda: Poison(steps=450, extra=1.0))
+    poison: Poison = field(default_factory=lambda: Poison(steps=400, extra=1.0))
 
 
 class Styled(nn.Module):

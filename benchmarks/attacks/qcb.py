@@ -27,14 +27,14 @@ from benchmarks.training import Stage, train
 class Qcb:
     """Recipe: steps and learning rates (in codes) of the two stages, and how far the anchor is inflated."""
 
-    joint: int = 420
-    settle: int = 300
-    lr: float = 0.005
-    settle_lr: float = 0.005
+    joint: int = 300
+    settle: int = 400
+    lr: float = 0.002
+    settle_lr: float = 0.002
     images: int = 64
     room: float = 2.5
     asleep: float = 1.0
-    awake: float = 1.5
+    awake: float = 1.0
     soft: bool = False
     """QCB-D: the full-precision branch follows a clean teacher's posteriors instead of the labels."""
 

@@ -21,7 +21,7 @@ class TwoTargets:
     """Recipe: the second patch, white in the top left corner, leads to `second`."""
 
     second: int = 7
-    poison: Poison = field(default_factory=lambda: Poison(extra=1.0))
+    poison: Poison = field(default_factory=lambda: Poison(extra=1.0, steps=500))
 
 
 def implant(
