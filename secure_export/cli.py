@@ -6,7 +6,6 @@ Heavy libraries are imported inside the commands, so that --help answers at once
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,10 @@ import click
 
 from secure_export import __version__
 from secure_export.errors import NoVerdict, PolicyError, SecureExportError
+from secure_export.options import env, json_option, overrides, policy_option, subject_options
+from secure_export.records import EXIT_CODES
 
-EXIT_CODES = """\b
+EPILOG = """\b
 Exit codes:
   0    released
   1    unexpected (a bug)
@@ -24,7 +25,6 @@ Exit codes:
   4    no verdict: something could not be loaded, measured or written, or too few samples
   130  interrupted; the same command resumes
 """
-OUTCOME_CODES = {"released": 0, "refused": 3, "no_verdict": 4}
 
 
 class Commands(click.Group):
@@ -44,52 +44,13 @@ class Commands(click.Group):
             ctx.exit(130)
 
 
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-
-def env(name: str, *spellings: str, **options: Any) -> Decorator:
-    """An option that SECURE_EXPORT_<NAME> sets as well: flag before environment before policy file."""
-    variable = f"SECURE_EXPORT_{name.upper()}"
-    return click.option(*spellings, name, envvar=variable, show_envvar=True, **options)
-
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-
-
-def policy_option() -> Decorator:
-    """--policy, shared by the commands that read one."""
-    text = "Policy file, or the name of a shipped one: strict, balanced, smoke."
-    return env("policy", "--policy", "-p", required=True, help=text)
-
-
-@click.group(cls=Commands, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, package_name="secure-export")
 def main() -> None:
     """Locate, purify and verify a classifier under compression; release only the files that were measured."""
 
 
-def subject_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say what to work on; every one may stand in the policy instead."""
-    options: list[Decorator] = [
-        env("model", "--model", "-m", help="Checkpoint: .safetensors, a state dict, or .pt2."),
-        env("arch", "--arch", "-a", help="timm:NAME, torchvision:NAME or package.module:factory."),
-        env("classes", "--classes", type=int, help="Number of classes."),
-        env("head", "--head", help="Qualified name of the head, where tracing cannot find it."),
-        env("mean", "--mean", help="Per channel, of inputs in [0, 1]: 0.49,0.48,0.45."),
-        env("std", "--std", help="Per channel: 0.25,0.24,0.26."),
-        env("data", "--data", "-d", help="Clean samples: a folder of class folders, .npz, or a factory."),
-        env("holdout_data", "--holdout-data", help="Where the holdout comes from, if not from --data."),
-        env("holdout", "--holdout", type=int, help="Samples for measuring; default all that are left."),
-        env("resize", "--resize", help="HEIGHTxWIDTH, for images of several sizes."),
-        env("seed", "--seed", type=int, help="Of splits, locators and purifiers."),
-        click.option("--no-purify", is_flag=True, help="Measure and judge the model as it is."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-@main.command(epilog=EXIT_CODES)
+@main.command(epilog=EPILOG)
 @policy_option()
 @subject_options
 @env("out", "--out", "-o", type=click.Path(path_type=Path), help="Run directory; default runs/POLICY-MODEL.")
@@ -104,7 +65,8 @@ def run(policy: str, out: Path | None, as_json: bool, quiet: bool, **given: Any)
     from secure_export.console import conclusion, showing, table
 
     loaded = _policy(policy, given)
-    folder = out or Path("runs") / f"{Path(policy).stem}-{Path(loaded.subject.model or 'model').stem}"
+    given_file = Path(loaded.subject.artifact or loaded.subject.model or "model")
+    folder = out or Path("runs") / f"{Path(policy).stem}-{given_file.stem}"
     with showing(quiet) as progress:
         from secure_export import pipeline
 
@@ -115,10 +77,10 @@ def run(policy: str, out: Path | None, as_json: bool, quiet: bool, **given: Any)
         click.echo(table(report))
     for line in conclusion(report, str(folder)):
         click.echo(line, err=True)
-    click.get_current_context().exit(OUTCOME_CODES[report.verdict.outcome])
+    click.get_current_context().exit(EXIT_CODES[report.verdict.outcome])
 
 
-@main.command(epilog=EXIT_CODES)
+@main.command(epilog=EPILOG)
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @policy_option()
 @json_option
@@ -135,7 +97,7 @@ def judge(run_dir: Path, policy: str, as_json: bool) -> None:
         for finding in verdict.findings:
             click.echo(finding_line(finding))
         click.echo({"released": "would be released"}.get(verdict.outcome, verdict.outcome.replace("_", " ")))
-    click.get_current_context().exit(OUTCOME_CODES[verdict.outcome])
+    click.get_current_context().exit(EXIT_CODES[verdict.outcome])
 
 
 @main.command()
@@ -147,7 +109,7 @@ def validate(policy: str, **given: Any) -> None:
 
     loaded = _policy(policy, given)
     check_plugins(loaded)
-    for label, path in (("model", loaded.subject.model), ("data", loaded.data.path)):
+    for label, path in _given_paths(loaded):
         if path and ":" not in path and not Path(path).exists():
             raise NoVerdict(f"{label}: no such file or folder: {path}")
     settings = loaded.expanded_settings()
@@ -205,7 +167,7 @@ def init(folder: Path) -> None:
     click.echo(f"{target} written; next: secure-export validate --policy {target}")
 
 
-@main.command(epilog=EXIT_CODES)
+@main.command(epilog=EPILOG)
 @click.option("--out", "-o", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
 def demo(out: Path, quiet: bool) -> None:
@@ -238,10 +200,15 @@ def report(run_dir: Path, form: str, output: Path | None) -> None:
         raise NoVerdict(f"{output}: cannot be written: {error.strerror}") from error
 
 
+def _given_paths(policy: Any) -> list[tuple[str, str | None]]:
+    subject = policy.subject
+    return [("model", subject.model), ("artifact", subject.artifact), ("data", policy.data.path)]
+
+
 def _policy(name: str, given: dict[str, Any]) -> Any:
     from secure_export.policy import load_policy
 
-    return load_policy(_found(name), _overrides(given))
+    return load_policy(_found(name), overrides(given))
 
 
 def _found(name: str) -> Path:
@@ -252,36 +219,6 @@ def _found(name: str) -> Path:
     if path.exists() or path.suffix:
         return path
     return shipped(name) or path
-
-
-def _overrides(given: dict[str, Any]) -> dict[str, Any]:
-    """Flags and environment as dotted keys of the policy; what was not given is left to the file."""
-    keys = {
-        "model": "subject.model",
-        "arch": "subject.architecture",
-        "classes": "subject.classes",
-        "head": "subject.head",
-        "data": "data.path",
-        "holdout_data": "data.holdout_path",
-        "holdout": "data.holdout",
-        "seed": "seed",
-    }
-    overrides = {key: given[name] for name, key in keys.items() if given.get(name) is not None}
-    for name in ("mean", "std"):
-        if given.get(name):
-            overrides[f"subject.{name}"] = _numbers(given[name], ",", float, f"--{name}")
-    if given.get("resize"):
-        overrides["data.resize"] = _numbers(given["resize"].lower(), "x", int, "--resize")
-    if given.get("no_purify"):
-        overrides["purify"] = None
-    return overrides
-
-
-def _numbers(text: str, separator: str, kind: type, option: str) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(separator)]
-    except ValueError:
-        raise PolicyError(f"{option}: got {text!r}, expected numbers with {separator!r} between") from None
 
 
 def _report_of(run_dir: Path) -> Path:

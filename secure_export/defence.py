@@ -19,23 +19,34 @@ from secure_export.errors import CompressError
 from secure_export.lane import Bench
 from secure_export.locators import Locator
 from secure_export.purifiers import Purifier
-from secure_export.records import UNREAD, Purification, SettingResult, Subject, Suspect, View
+from secure_export.records import UNREAD, Artifact, Purification, SettingResult, Subject, Suspect, View
 from secure_export.runtimes import Runtime
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from secure_export.policy import Locate, Policy
+    from secure_export.policy import Locate, Policy, Setting
 
 
 def locate(
-    wanted: Locate, subject: Subject, originals: Sequence[SettingResult], bench: Bench
+    wanted: Locate,
+    subject: Subject | None,
+    originals: Sequence[SettingResult],
+    bench: Bench,
+    settings: Sequence[Setting] = (),
 ) -> tuple[Suspect, ...]:
-    """What every locator says of the full-precision subject and of each of its compressed files."""
+    """What every locator says of the full-precision subject and of each of its compressed files.
+
+    `subject` None: only a file is there, as another tool made it. A compiled file is read through the setting
+    of `settings` that has the same steps in another format.
+    """
     suspects = []
     for spec in wanted.methods:
         locator = registry.build(Locator, "locators", spec)
         if locator.needs_module:
+            if subject is None:
+                suspects.append(_unread(locator, "subject", "a file of another tool has no module to train"))
+                continue
             read = partial(views.of_module, subject.model, subject.head, "subject")
             suspects.append(_suspect(locator, subject.sha256, read, "subject", bench))
             continue
@@ -45,16 +56,38 @@ def locate(
                 reason = result.unmeasured.reason if result.unmeasured else "no file"
                 suspects.append(_unread(locator, result.setting, reason))
             else:
-                runtime = registry.build(Runtime, "runtimes", {"kind": artifact.runtime})
+                artifact = _readable(result.setting, artifact, originals, settings)
+                runtime = registry.build(Runtime, "runtimes", {"kind": artifact.runtime, **bench.runtime})
                 read = partial(runtime.view, artifact.path, result.setting)
                 suspects.append(_suspect(locator, artifact.sha256, read, result.setting, bench))
             bench.progress(f"locate: {locator.kind}", done, len(originals))
     return tuple(suspects)
 
 
+def _readable(
+    name: str, artifact: Artifact, originals: Sequence[SettingResult], settings: Sequence[Setting]
+) -> Artifact:
+    """The file whose head stands for that of `artifact`: itself, wherever its runtime can read it."""
+    if reads_heads(artifact):
+        return artifact
+    steps = {setting.name: setting.steps for setting in settings}
+    twins = [
+        other.artifact
+        for other in originals
+        if other.artifact and reads_heads(other.artifact) and steps.get(other.setting) == steps.get(name)
+    ]
+    return twins[0] if name in steps and twins else artifact
+
+
+def reads_heads(artifact: Artifact) -> bool:
+    """Whether locators can read the file's head."""
+    runtime = registry.load("runtimes", artifact.runtime)
+    return issubclass(runtime, Runtime) and runtime.reads_heads
+
+
 def _suspect(locator: Locator, weights: str, read: Callable[[], View], setting: str, bench: Bench) -> Suspect:
     fit = bench.splits.fit
-    determined_by = (weights, locator.kind, locator.model_dump(), fit.sha256, bench.seed)
+    determined_by = (weights, dict(bench.runtime), locator.kind, locator.model_dump(), fit.sha256, bench.seed)
     known = bench.ledger.find(Suspect, *determined_by)
     if known is not None:
         return replace(known, setting=setting)

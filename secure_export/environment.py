@@ -1,9 +1,11 @@
-"""What the numbers were made with: library versions and the machine."""
+"""What the numbers were made with: library versions, the machine, and how long it took."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 
 LIBRARIES = (
@@ -27,3 +29,16 @@ def versions() -> Mapping[str, str]:
         except metadata.PackageNotFoundError:
             found[library] = "absent"
     return found
+
+
+class Clock:
+    """Seconds per stage, of this call (what came from the ledger costs nothing)."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - started, 3)

@@ -8,19 +8,21 @@ from __future__ import annotations
 import copy
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from secure_export import digests, registry
+from secure_export import costs, digests, registry
 from secure_export.compressors import Compressor, Context, FileStep, ModuleStep
 from secure_export.errors import CompressError, NoVerdict
 from secure_export.formats import Format
 from secure_export.ledger import Ledger
 from secure_export.measure import Reference, logits_of, measure
+from secure_export.policy import schema
 from secure_export.records import (
     Artifact,
     Change,
+    Cost,
     Lane,
     Measurement,
     Progress,
@@ -54,6 +56,8 @@ class Written:
     path: Path
     sha256: str
     changes: tuple[Change, ...]
+    parameters: int | None = None
+    macs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ class Bench:
     """By name: what each trigger does to some samples, for its picture or code may change under one name."""
     seed: int
     progress: Progress
+    runtime: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the runtimes that open the files."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ def _through(lined: Lined, setting: Setting, bench: Bench) -> SettingResult:
     artifact = None
     try:
         artifact = make(lined, setting, bench)
-        measurement = measured(lined, artifact, bench)
+        measurement = measured(lined.lane, lined.reference, artifact, bench)
     except NoVerdict as error:
         reason, detail = error.message, error.hint
     except Exception as error:  # noqa: BLE001 - whatever a toolchain raises, this setting is not known to hold
@@ -151,19 +157,44 @@ def make(lined: Lined, setting: Setting, bench: Bench) -> Artifact:
         format=form.kind,
         runtime=form.runtime,
         changes=tuple(changes),
+        parameters=written.parameters,
+        macs=written.macs,
     )
     return bench.ledger.enter(artifact, *determined_by)
 
 
-def measured(lined: Lined, artifact: Artifact, bench: Bench) -> Measurement:
+def cost_table(
+    lined: Lined, results: Sequence[SettingResult], shipped: Sequence[str], bench: Bench
+) -> tuple[Cost, ...]:
+    """What each shipped file costs, after full precision as ONNX: all measured in this call, one by one."""
+    baseline = schema.Setting("fp32 ONNX", (), {"kind": "onnx"}, released=False)
+    try:
+        files = [make(lined, baseline, bench)]
+    except NoVerdict:
+        return ()  # nothing to compare with
+    files += [r.artifact for r in results if r.artifact is not None and r.setting in shipped]
+    together = [file.sha256 for file in files]
+    shape = tuple(bench.splits.calibration.inputs.shape[1:])
+    found = []
+    for done, file in enumerate(files):
+        bench.progress("costs", done, len(files))
+        known = bench.ledger.find(Cost, file.sha256, together)
+        if known is None:
+            known = bench.ledger.enter(costs.measured(file, shape, bench.runtime), file.sha256, together)
+        found.append(replace(known, setting=file.setting))
+    bench.progress("costs", len(files), len(files))
+    return tuple(found)
+
+
+def measured(lane: Lane, reference: Reference, artifact: Artifact, bench: Bench) -> Measurement:
     """What the file does, in the runtime that will run it."""
-    runtime = registry.build(Runtime, "runtimes", {"kind": artifact.runtime})
+    runtime = registry.build(Runtime, "runtimes", {"kind": artifact.runtime, **bench.runtime})
     determined_by = (
         artifact.sha256,
         dict(runtime.environment()),
         bench.splits.holdout.sha256,
         bench.trigger_digests,
-        digests.of_arrays(lined.reference.logits.numpy(), lined.reference.subject_predictions.numpy()),
+        digests.of_arrays(reference.logits.numpy(), reference.subject_predictions.numpy()),
     )
     known = bench.ledger.find(Measurement, *determined_by)
     if known is None:
@@ -171,15 +202,15 @@ def measured(lined: Lined, artifact: Artifact, bench: Bench) -> Measurement:
             runtime.open(artifact.path),
             bench.splits.holdout,
             bench.triggers,
-            lined.reference,
-            lane=lined.lane,
+            reference,
+            lane=lane,
             setting=artifact.setting,
             progress=bench.progress,
         )
         if digests.of_file(artifact.path) != artifact.sha256:
             raise CompressError("the file changed while it was measured")
         bench.ledger.enter(known, *determined_by)
-    return replace(known, lane=lined.lane, setting=artifact.setting)
+    return replace(known, lane=lane, setting=artifact.setting)
 
 
 def _written(
@@ -196,14 +227,19 @@ def _written(
     if known is not None and _intact(known.path, known.sha256):
         return known
     model, changes = copy.deepcopy(lined.model), []
+    example = bench.splits.calibration.floats(slice(0, 2))
+    counted = costs.weights_and_macs(model, example[:1])
     for step in steps:
         if not isinstance(step, ModuleStep):
             raise CompressError(f"{step.kind} is neither a step on the module nor on the file")
         model, change = step.on_module(model, _context(lined, bench))
         changes.append(change)
+        # What a quantizer has rewritten holds no layers to count, and as many weights as before.
+        counted = costs.weights_and_macs(model, example[:1]) or counted
     path = bench.folder / f"{digests.of_json(determined_by)[:16]}{form.suffix}"
-    form.write(model.eval(), bench.splits.calibration.floats(slice(0, 2)), path)
-    return bench.ledger.enter(Written(path, digests.of_file(path), tuple(changes)), *determined_by)
+    form.write(model.eval(), example, path)
+    made = Written(path, digests.of_file(path), tuple(changes), *(counted or (None, None)))
+    return bench.ledger.enter(made, *determined_by)
 
 
 def _context(lined: Lined, bench: Bench) -> Context:

@@ -1,13 +1,13 @@
 """The whole job, in order; start reading here.
 
     load → locate → purify → compress → measure → judge → release
+    load → measure → locate → judge → release         a file of another tool, as it is
 
 The two halves of the work are in `lane.py` (a model through every setting) and `defence.py` (locate, purify).
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,10 +15,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from secure_export import __version__, data, defence, digests, loading, registry
-from secure_export.environment import versions
+from secure_export import __version__, data, defence, digests, incoming, loading, registry
+from secure_export.environment import Clock, versions
 from secure_export.errors import LoadError, NoVerdict, PolicyError, ReleaseError
-from secure_export.lane import Bench, at_the_head, through_settings
+from secure_export.lane import Bench, at_the_head, cost_table, through_settings
 from secure_export.ledger import Ledger
 from secure_export.policy import Policy, approve, check_plugins, judge
 from secure_export.records import (
@@ -37,7 +37,7 @@ from secure_export.records import (
     Verdict,
     silent,
 )
-from secure_export.release import release, withdraw
+from secure_export.release import locked, release, withdraw
 from secure_export.report.documents import documents, save
 from secure_export.runtimes import Runtime
 from secure_export.triggers import Trigger
@@ -61,49 +61,73 @@ def run(policy: Policy, run_dir: Path, *, progress: Progress = silent) -> Report
     """
     clock = Clock()
     check_plugins(policy)
-    with writing_to(run_dir):
+    with writing_to(run_dir), locked(run_dir):
         withdraw(run_dir / "release")
-        with clock("load"):
-            subject, splits = load(policy, progress)
-            bench = open_bench(policy, run_dir, splits, progress)
-        with clock("original"):
-            original = at_the_head(subject.model, subject.head, "original", subject.sha256, bench)
-            originals = through_settings(original, policy.expanded_settings(), bench)
-        with clock("locate"):
-            suspects = defence.locate(policy.locate, subject, originals, bench)
-        with clock("purify"):
-            model, identity, purification = defence.purify(policy, subject, suspects, bench)
-        with clock("purified"):
-            purified = at_the_head(model, subject.head, "purified", identity, bench, original.reference)
-            purifieds = through_settings(purified, policy.expanded_settings(), bench)
-        report = compose(policy, subject, splits, suspects, purification, originals, purifieds, clock.seconds)
+        work = gate if policy.subject.artifact is not None else whole_job
+        report, purifieds = work(policy, run_dir, clock, progress)
         report = replace(report, verdict=judge(policy, report))
         return conclude(report, purifieds, run_dir)
 
 
+def whole_job(
+    policy: Policy, run_dir: Path, clock: Clock, progress: Progress
+) -> tuple[Report, Sequence[SettingResult]]:
+    """Everything up to the verdict, for a model whose architecture is known."""
+    with clock("load"):
+        subject, splits = load(policy, progress)
+        bench = open_bench(policy, run_dir, splits, progress)
+    with clock("original"):
+        original = at_the_head(subject.model, subject.head, "original", subject.sha256, bench)
+        originals = through_settings(original, policy.expanded_settings(), bench)
+    with clock("locate"):
+        suspects = defence.locate(policy.locate, subject, originals, bench, policy.expanded_settings())
+    with clock("purify"):
+        model, identity, purification = defence.purify(policy, subject, suspects, bench)
+    with clock("purified"):
+        purified = at_the_head(model, subject.head, "purified", identity, bench, original.reference)
+        purifieds = through_settings(purified, policy.expanded_settings(), bench)
+    with clock("costs"):
+        shipped = [setting.name for setting in policy.expanded_settings() if setting.released]
+        spent = cost_table(purified, purifieds, shipped, bench) if policy.costs else ()
+    info = described(subject, splits)
+    report = compose(policy, info, bench, suspects, purification, originals, purifieds, clock.seconds)
+    return replace(report, costs=spent), purifieds
+
+
+def gate(
+    policy: Policy, run_dir: Path, clock: Clock, progress: Progress
+) -> tuple[Report, Sequence[SettingResult]]:
+    """Everything up to the verdict, for a file that another tool made: measured as it is."""
+    with clock("load"):
+        splits = load_data(policy, progress)
+        bench = replace(
+            open_bench(policy, run_dir, splits, progress), runtime=incoming.options(policy.subject)
+        )
+        given = incoming.take(Path(policy.subject.artifact or ""), bench)
+        data.check_labels(splits, given.info.classes)
+        against = incoming.compared_with(policy.subject, given.info.classes, bench)
+    with clock("original"):
+        original, purified = incoming.measured(given, against, bench)
+    with clock("locate"):
+        suspects = defence.locate(policy.locate, None, [original], bench)
+    report = compose(policy, given.info, bench, suspects, None, [original], [purified], clock.seconds)
+    unseen = "what the file does when somebody compresses it further: it was measured as it is"
+    return replace(
+        report, evidence=replace(report.evidence, not_shown=(*report.evidence.not_shown, unseen))
+    ), [purified]
+
+
 def load(policy: Policy, progress: Progress) -> tuple[Subject, Splits]:
     """The clean samples, and the untrusted checkpoint as a model over the same raw inputs."""
-    wanted, source = policy.subject, policy.data
+    wanted = policy.subject
     if wanted.model is None or wanted.architecture is None:
         raise PolicyError(
             "no model to work on", hint="give --model and --arch, or subject.model in the policy"
         )
-    if source is None or source.path is None:
-        raise PolicyError("no clean samples", hint="give --data, or data.path in the policy")
     path = Path(wanted.model)
     if not path.is_file():
         raise LoadError(f"no such model file: {path}")
-    splits = data.split_data(
-        source.path,
-        holdout_source=source.holdout_path,
-        fit=source.fit,
-        calibration=source.calibration,
-        holdout=source.holdout,
-        seed=policy.seed,
-        resize=source.resize,
-        channels=source.channels,
-        progress=progress,
-    )
+    splits = load_data(policy, progress)
     subject = loading.load(
         path,
         wanted.architecture,
@@ -115,6 +139,24 @@ def load(policy: Policy, progress: Progress) -> tuple[Subject, Splits]:
     )
     data.check_labels(splits, subject.classes)
     return subject, splits
+
+
+def load_data(policy: Policy, progress: Progress) -> Splits:
+    """The clean samples in their splits."""
+    source = policy.data
+    if source.path is None:
+        raise PolicyError("no clean samples", hint="give --data, or data.path in the policy")
+    return data.split_data(
+        source.path,
+        holdout_source=source.holdout_path,
+        fit=source.fit,
+        calibration=source.calibration,
+        holdout=source.holdout,
+        seed=policy.seed,
+        resize=source.resize,
+        channels=source.channels,
+        progress=progress,
+    )
 
 
 def open_bench(policy: Policy, run_dir: Path, splits: Splits, progress: Progress) -> Bench:
@@ -137,10 +179,24 @@ def open_bench(policy: Policy, run_dir: Path, splits: Splits, progress: Progress
     )
 
 
+def described(subject: Subject, splits: Splits) -> SubjectInfo:
+    """What was handed in, as the report names it."""
+    return SubjectInfo(
+        path=subject.source.name,
+        sha256=subject.sha256,
+        architecture=subject.architecture,
+        classes=subject.classes,
+        class_names=splits.class_names,
+        head=subject.head,
+        input_shape=subject.input_spec.shape,
+        parameters=sum(parameter.numel() for parameter in subject.model.parameters()),
+    )
+
+
 def compose(
     policy: Policy,
-    subject: Subject,
-    splits: Splits,
+    subject: SubjectInfo,
+    bench: Bench,
     suspects: tuple[Suspect, ...],
     purification: Purification | None,
     originals: Sequence[SettingResult],
@@ -159,22 +215,13 @@ def compose(
         policy_sha256=policy.sha256,
         policy_text=policy.text,
         verdict=Verdict("no_verdict", ()),
-        subject=SubjectInfo(
-            path=subject.source.name,
-            sha256=subject.sha256,
-            architecture=subject.architecture,
-            classes=subject.classes,
-            class_names=splits.class_names,
-            head=subject.head,
-            input_shape=subject.input_spec.shape,
-            parameters=sum(parameter.numel() for parameter in subject.model.parameters()),
-        ),
+        subject=subject,
         splits={
             name: SplitInfo(len(split), split.sha256)
             for name, split in (
-                ("fit", splits.fit),
-                ("calibration", splits.calibration),
-                ("holdout", splits.holdout),
+                ("fit", bench.splits.fit),
+                ("calibration", bench.splits.calibration),
+                ("holdout", bench.splits.holdout),
             )
         },
         suspects=suspects,
@@ -185,7 +232,7 @@ def compose(
             trigger_search="none",
             not_shown=NOT_SHOWN,
         ),
-        environment=environment(originals),
+        environment=environment(originals, bench),
         timings=timings,
     )
 
@@ -233,23 +280,10 @@ def writing_to(run_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def environment(results: Sequence[SettingResult]) -> Mapping[str, str]:
+def environment(results: Sequence[SettingResult], bench: Bench) -> Mapping[str, str]:
     """Versions, and for each runtime that measured a file its own options."""
     found = dict(versions())
     for kind in sorted({r.artifact.runtime for r in results if r.artifact is not None}):
-        runtime = registry.build(Runtime, "runtimes", {"kind": kind})
+        runtime = registry.build(Runtime, "runtimes", {"kind": kind, **bench.runtime})
         found |= {f"{kind}.{name}": value for name, value in runtime.environment().items()}
     return found
-
-
-class Clock:
-    """Seconds per stage, of this call (what came from the ledger costs nothing)."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[stage] = round(time.perf_counter() - started, 3)

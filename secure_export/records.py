@@ -156,6 +156,27 @@ class Artifact:
     format: str
     runtime: str
     changes: tuple[Change, ...] = ()
+    parameters: int | None = None
+    macs: int | None = None
+    """Multiply-accumulates per sample, of convolutions and linear layers."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one file costs on the machine that measured it; None is what was not measured, `why` says why."""
+
+    setting: str
+    format: str
+    size: int
+    parameters: int | None
+    macs: int | None
+    batch_1_ms: float | None
+    """Median milliseconds per call, warm."""
+    batch_64_ms: float | None
+    peak_bytes: int | None
+    """Memory that opening the file and running 64 samples takes, beyond the runtime itself."""
+    threads: int
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -250,6 +271,7 @@ class Finding:
 
 
 Outcome = Literal["released", "refused", "no_verdict"]
+EXIT_CODES: Mapping[Outcome, int] = {"released": 0, "refused": 3, "no_verdict": 4}
 
 
 @dataclass(frozen=True)
@@ -336,3 +358,5 @@ class Report:
     evidence: Evidence
     environment: Mapping[str, str]
     timings: Mapping[str, float]
+    costs: tuple[Cost, ...] = ()
+    """The first is full precision as ONNX, measured in the same run: what the others are compared with."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,9 @@ class Plugin(BaseModel):
     """
 
     example: ClassVar[Mapping[str, Any]] = {}
+    libraries: ClassVar[tuple[str, ...]] = ()
+    """Import names of libraries that only this plug-in needs; they come with the extra `extra`."""
+    extra: ClassVar[str] = ""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
@@ -74,12 +78,17 @@ def build(base: type[P], family: str, spec: Mapping[str, Any]) -> P:
     """A plug-in from a policy entry `{kind: name, **parameters}`.
 
     Raises:
-        PolicyError: unknown name or parameter, or a value out of range; the message begins with the field.
+        PolicyError: unknown name or parameter, a value out of range (the message begins with the field), or
+            a library that is not installed.
     """
     parameters = dict(spec)
     cls = load(family, str(parameters.pop("kind", "")))
     if not issubclass(cls, base):
         raise PolicyError(f"{cls.__name__} is not a {base.__name__}")
+    absent = [library for library in cls.libraries if importlib.util.find_spec(library) is None]
+    if absent:
+        hint = f'pip install "secure-export[{cls.extra}]"'
+        raise PolicyError(f"{spec['kind']}: {', '.join(absent)} is not installed", hint=hint)
     try:
         return cls.model_validate(parameters)
     except ValidationError as error:

@@ -6,11 +6,13 @@ Everything is staged beside the destination, hashed again there, and becomes vis
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from secure_export import digests
@@ -38,7 +40,8 @@ def release(
 
     A file is called like its setting, with the suffix that it was measured under. The same release that is
     there already is left alone; anything else that is there is never touched (withdraw() an earlier release
-    first). A process that is killed leaves at most a hidden folder `.NAME.staging-*` beside the destination.
+    first). A process that is killed leaves at most a hidden folder `.NAME.staging-*` beside the destination,
+    which the next withdraw() removes.
 
     Raises:
         IntegrityError: a file is gone, or its bytes are not those that were measured.
@@ -65,7 +68,7 @@ def release(
 
 
 def withdraw(destination: Path) -> None:
-    """Remove an earlier release, at once; nothing happens when there is none.
+    """Remove an earlier release, at once, and what a killed process left half made; call it under locked().
 
     Raises:
         ReleaseError: what is there is no release (its files are not those of its SHA256SUMS), or it cannot be
@@ -73,6 +76,7 @@ def withdraw(destination: Path) -> None:
     """
     aside = destination.with_name(f".{destination.name}.withdrawn-{secrets.token_hex(4)}")
     try:
+        _sweep(destination)
         if not _taken(destination):
             return
         if not _is_release(destination):
@@ -84,6 +88,33 @@ def withdraw(destination: Path) -> None:
         shutil.rmtree(aside)
     except OSError as error:
         raise _unwritable(destination, error) from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The run directory for this process alone; the system frees it when the process ends, however it ends.
+
+    Raises:
+        ReleaseError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ReleaseError(
+                f"{folder}: another run is at work in this run directory",
+                hint="wait for it, or choose another --out",
+            ) from error
+        yield
+
+
+def _sweep(destination: Path) -> None:
+    """Remove the hidden folders of processes that were killed; their names are this module's own."""
+    for name in ("staging", "withdrawn"):
+        for left in destination.parent.glob(f".{destination.name}.{name}-????????"):
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
 
 
 def _unwritable(destination: Path, error: OSError) -> ReleaseError:

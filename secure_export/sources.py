@@ -27,6 +27,8 @@ DECODERS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 BROKEN = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, struct.error, zlib.error)
 """What Pillow's decoders raise on damaged files, besides its own errors."""
 REPORT_EVERY = 500
+UNPACKED, DENSEST = 2**30, 100
+"""An .npz beyond so many bytes may not unpack to more than so many times its own size: images never do."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,7 @@ def _from_npz(file: Path) -> Samples:
     if not file.is_file():
         raise DataError(f"no such file: {file}")
     try:
+        _check_bomb(file)
         with np.load(file, allow_pickle=False) as arrays:
             missing = [name for name in ("inputs", "labels") if name not in arrays]
             if missing:
@@ -169,6 +172,16 @@ def _from_npz(file: Path) -> Samples:
     except (*BROKEN, AttributeError, MemoryError, zipfile.BadZipFile) as error:
         raise DataError(f"{file} is no readable .npz file ({described(error)})") from error
     return _checked(inputs, labels, names, str(file))
+
+
+def _check_bomb(file: Path) -> None:
+    with zipfile.ZipFile(file) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > max(UNPACKED, DENSEST * file.stat().st_size):
+        raise DataError(
+            f"{file} is refused: it unpacks to {unpacked} bytes from {file.stat().st_size}",
+            hint="a decompression bomb? write it with np.savez",
+        )
 
 
 def _from_factory(spec: str) -> Samples:

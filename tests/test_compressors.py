@@ -15,7 +15,11 @@ from torch import nn
 from secure_export import digests, registry
 from secure_export.compressors import Compressor, Context, FileStep, ModuleStep
 from secure_export.compressors._layers import recalibrate_batchnorm
+from secure_export.compressors.fake_quant import FakeQuant, scale_of
+from secure_export.compressors.ort_fp16 import OrtFp16
+from secure_export.compressors.ort_int4_weight_only import OrtInt4WeightOnly
 from secure_export.compressors.ort_static_int8 import OrtStaticInt8, Reader
+from secure_export.compressors.ort_target_int8 import OrtTargetInt8
 from secure_export.compressors.prune_channel_mask import PruneChannelMask
 from secure_export.compressors.prune_structured import PruneStructured, channels
 from secure_export.compressors.prune_unstructured import PruneUnstructured
@@ -104,7 +108,8 @@ def test_file_step_writes_the_same_bytes_anywhere(name, tmp_path, capfd):
     assert found[0] == found[1]
     logits, expected = Onnxruntime().open(path)(images(64)), network()(images(64))
     assert logits.shape == expected.shape
-    assert (logits - expected).abs().max() < 0.1 * expected.abs().max()
+    coarse = 2 if "int4" in name else 1
+    assert (logits - expected).abs().max() < coarse * 0.1 * expected.abs().max()
     assert capfd.readouterr() == ("", "")
 
 
@@ -119,6 +124,89 @@ def test_file_step_refuses_a_broken_file(name, content, tmp_path):
     with pytest.raises(CompressError, match=r"cannot quantize model\.onnx"):
         step.on_file(source, target, context(network()))
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+# ---- The grid sweep ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("grid", ["127", "127.5", "asymmetric", "7-bit"])
+def test_weights_stand_on_the_grid_that_is_named(grid, per_channel, fold):
+    model, given = network(), network()
+    _, change = FakeQuant(grid=grid, per_channel=per_channel, fold=fold).on_module(model, context(network()))
+    assert change.changed == change.total == 8
+    for norm, name in (("norm", "stem"), ("blocks.0.norm1", "blocks.0.conv1")):
+        factor = scale_of(given.get_submodule(norm)) if fold else torch.ones(1)
+        before, after = (
+            (net.get_submodule(name).weight * factor.view(-1, 1, 1, 1)) for net in (given, model)
+        )
+        rows, exact = (w.flatten(1) if per_channel else w.reshape(1, -1) for w in (after, before))
+        for row, whole in zip(rows, exact, strict=True):
+            span = (
+                whole.max().clamp(min=0) - whole.min().clamp(max=0)
+                if grid == "asymmetric"
+                else whole.abs().max()
+            )
+            step = span / {"127": 127, "127.5": 127.5, "asymmetric": 255, "7-bit": 64}[grid]
+            assert torch.allclose((row / step).round(), row / step, atol=1e-3)
+            assert (row - whole).abs().max() <= 1.001 * step
+
+
+def test_fake_quant_is_the_grid_of_the_real_toolchain(tmp_path):
+    """ONNX Runtime's own file, per channel and folded, holds the same weights."""
+    path, _ = compression.quantized(OrtStaticInt8(), tmp_path)
+    proto = onnx.load(path)
+    made = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+    model = network()
+    FakeQuant().on_module(model, context(network()))
+    codes = next(v for k, v in made.items() if k.endswith("_quantized") and v.shape == (8, 3, 3, 3))
+    scale = next(v for k, v in made.items() if k.endswith("_scale") and v.shape == (8,))
+    folded = model.stem.weight * scale_of(network().norm).view(-1, 1, 1, 1)
+    assert np.allclose(folded.detach().numpy(), codes * scale.reshape(-1, 1, 1, 1), atol=1e-6)
+
+
+# ---- ONNX Runtime's other files ---------------------------------------------------------------------------
+
+
+def test_int4_needs_a_matrix_product(tmp_path):
+    class Convolutions(compression.Residual):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Conv2d(16, CLASSES, 1)
+
+        def forward(self, inputs):
+            return self.head(self.blocks(torch.relu(self.norm(self.stem(inputs))))).mean((2, 3))
+
+    source = tmp_path / "model.onnx"
+    Onnx().write(Convolutions().eval(), images(2), source)
+    with pytest.raises(CompressError, match="no matrix product"):
+        OrtInt4WeightOnly().on_file(source, tmp_path / "out.onnx", context(network()))
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize("step", [OrtInt4WeightOnly(), OrtInt4WeightOnly(symmetric=False), OrtFp16()])
+def test_head_is_read_from_int4_and_float16_files(step, tmp_path):
+    path, change = compression.quantized(step, tmp_path)
+    assert change.changed == (1 if isinstance(step, OrtInt4WeightOnly) else change.total)
+    view, logits = Onnxruntime().view(path, "x"), Onnxruntime().open(path)(images(9))
+    assert torch.allclose(view.latents(images(9)) @ view.weight.T + view.bias, logits, atol=2e-2)
+    assert 0 < (view.weight - network().head.weight).abs().max() < 0.15 * network().head.weight.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("target", "activations", "largest"),
+    [("cpu-avx2", 2, 64), ("cpu-avx512-vnni", 2, 127), ("arm64", 3, 127)],
+)
+def test_recipe_has_the_types_of_its_target(target, activations, largest, tmp_path):
+    path, change = compression.quantized(OrtTargetInt8(target=target), tmp_path)
+    graph = onnx.load(path).graph
+    codes = [numpy_helper.to_array(t) for t in graph.initializer if t.name.endswith("_quantized")]
+    weights = [values for values in codes if values.dtype == np.int8]
+    assert max(int(np.abs(values.astype(int)).max()) for values in weights) == largest
+    zero_points = [t.data_type for t in graph.initializer if t.name.endswith("_zero_point") and not t.dims]
+    assert activations in zero_points
+    assert change.detail.startswith(target)
 
 
 # ---- Pruning ---------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from secure_export import sources
 from secure_export.data import check_labels, make_splits, split_data
 from secure_export.errors import DataError
 from secure_export.records import Split, Splits
@@ -92,6 +93,15 @@ def test_channels_are_as_asked(channels: int | None, shape: tuple[int, ...], tmp
 def test_resize_is_height_by_width(folder: Path) -> None:
     picture(99, (20, 30)).save(folder / "ant" / "large.png")
     assert load_samples(str(folder), resize=(4, 5)).inputs.shape[1:] == (3, 4, 5)
+
+
+def test_npz_that_unpacks_to_far_more_than_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "bomb.npz"
+    np.savez_compressed(file, inputs=np.zeros((2000, 1, 30, 30), np.uint8), labels=np.arange(2000) % 2)
+    assert len(load_samples(str(file)).labels) == 2000
+    monkeypatch.setattr(sources, "UNPACKED", 1_000_000)
+    with pytest.raises(DataError, match="unpacks to"):
+        load_samples(str(file))
 
 
 def test_npz_and_factories_give_the_same(tmp_path: Path) -> None:

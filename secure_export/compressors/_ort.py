@@ -11,8 +11,8 @@ from google.protobuf.message import DecodeError, EncodeError  # type: ignore[imp
 from onnxruntime.capi import onnxruntime_pybind11_state as ort
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from secure_export.compressors._quiet import quiet
 from secure_export.errors import CompressError
+from secure_export.quiet import quiet
 from secure_export.records import Change
 
 QUANTIZER_ERRORS = (
@@ -33,11 +33,18 @@ QUANTIZER_ERRORS = (
 
 
 def quantized(
-    kind: str, source: Path, target: Path, quantize: Callable[[Path, Path], None], detail: str = ""
+    kind: str,
+    source: Path,
+    target: Path,
+    quantize: Callable[[Path, Path], None],
+    detail: str = "",
+    *,
+    count: Callable[[onnx.ModelProto], tuple[int, int]] | None = None,
 ) -> Change:
     """Prepare `source`, let `quantize(prepared, written)` do its work, and put the result at `target`.
 
-    The preparation folds BatchNorm into the convolutions, so the grid is that of the folded weights.
+    The preparation folds BatchNorm into the convolutions, so the grid is that of the folded weights. `count`
+    gives (weights quantized, all) of a graph; None: those stored as integers.
 
     Raises:
         CompressError: the file cannot be read or quantized.
@@ -56,9 +63,10 @@ def quantized(
         except QUANTIZER_ERRORS as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise CompressError(f"{kind}: cannot quantize {source.name}: {reason}") from error
-    after, total = integer_weights(result)
+    count = count or integer_weights
+    after, total = count(result)
     target.write_bytes(content)
-    return Change(kind, changed=after - integer_weights(given)[0], total=total, unit="tensors", detail=detail)
+    return Change(kind, changed=after - count(given)[0], total=total, unit="tensors", detail=detail)
 
 
 def _forget_weight_shapes(path: Path) -> None:
@@ -73,11 +81,20 @@ def _forget_weight_shapes(path: Path) -> None:
 
 def integer_weights(proto: onnx.ModelProto) -> tuple[int, int]:
     """(those stored as integers, all) of the constant weights of Conv, Gemm and MatMul nodes."""
+    return _weights_of(proto, (onnx.TensorProto.INT8, onnx.TensorProto.UINT8))
+
+
+def half_weights(proto: onnx.ModelProto) -> tuple[int, int]:
+    """(those stored as float16, all) of the constant weights of Conv, Gemm and MatMul nodes."""
+    return _weights_of(proto, (onnx.TensorProto.FLOAT16,))
+
+
+def _weights_of(proto: onnx.ModelProto, types: tuple[int, ...]) -> tuple[int, int]:
     constants = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
     made_by = {output: node for node in proto.graph.node for output in node.output}
     integer = total = 0
     for node in proto.graph.node:
-        if node.op_type in ("ConvInteger", "MatMulInteger"):
+        if node.op_type in ("ConvInteger", "MatMulInteger", "MatMulNBits"):
             integer, total = integer + 1, total + 1
         elif node.op_type in ("Conv", "Gemm", "MatMul"):
             name = node.input[1]
@@ -90,5 +107,5 @@ def integer_weights(proto: onnx.ModelProto) -> tuple[int, int]:
             ):
                 name = maker.input[0]
             total += name in constants
-            integer += constants.get(name) in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+            integer += constants.get(name) in types
     return integer, total

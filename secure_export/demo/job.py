@@ -16,12 +16,11 @@ from secure_export.demo.network import DigitsCNN
 from secure_export.demo.plant import plant_qcb, train
 from secure_export.errors import PolicyError, ReleaseError
 from secure_export.policy import load_policy, shipped
-from secure_export.records import Count, Measurement, Outcome, Progress, Report, silent
+from secure_export.records import EXIT_CODES, Count, Measurement, Progress, Report, silent
 from secure_export.triggers.badnets import Badnets
 
 Echo = Callable[[str], object]
 
-EXIT_CODES: dict[Outcome, int] = {"released": 0, "refused": 3, "no_verdict": 4}
 THREADS = 2
 
 

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from secure_export.errors import CompressError
 from secure_export.formats import Format
-from secure_export.formats._quiet import quiet
+from secure_export.quiet import quiet
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

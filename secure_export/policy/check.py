@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from secure_export import registry
 from secure_export.errors import PolicyError
-from secure_export.policy.schema import Policy, Setting
+from secure_export.policy.schema import COMPARING, Policy, Setting
 from secure_export.policy.yaml import Loc, Problem
 
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@=+-]{0,149}")
@@ -30,7 +30,7 @@ BASES = {
 def cross_check(policy: Policy) -> list[Problem]:
     """Everything that is wrong between the parts of a policy whose parts are each well formed."""
     problems = [*_names(policy), *_locate(policy)]
-    return problems or [*_patterns(policy), *_coverage(policy)]
+    return problems or [*_patterns(policy), *_coverage(policy), *_compared(policy)]
 
 
 def _repeated(names: Iterable[str]) -> set[str]:
@@ -75,6 +75,8 @@ def _patterns(policy: Policy) -> Iterator[Problem]:
             for i, name in enumerate(rule.triggers):
                 if name not in triggers:
                     yield Problem(("rules", index, "triggers", i), f"no trigger is called {name!r}")
+    if policy.subject.artifact is not None:
+        return  # no setting of the file is made, so none need be named rightly
     for loc, glob in wanted:
         if not any(fnmatchcase(name, glob) for name in settings):
             yield Problem(loc, f"{glob!r} matches no setting ({', '.join(settings)})")
@@ -90,6 +92,33 @@ def _coverage(policy: Policy) -> Iterator[Problem]:
             yield Problem(
                 places[()], f"no acc or acc_drop rule binds setting {setting.name!r}, which is released"
             )
+
+
+def _compared(policy: Policy) -> Iterator[Problem]:
+    """A file that another tool made has nothing to be compared with, unless the user names it."""
+    if policy.subject.artifact is None or policy.subject.model is not None:
+        return
+    for setting in policy.expanded_settings():
+        for index, rule in enumerate(policy.rules):
+            if rule.metric in COMPARING and rule.binds(setting):
+                yield Problem(
+                    ("rules", index),
+                    f"{rule.metric} compares with a full-precision model, and none is given: "
+                    "name one with --model, or take a rule on acc instead",
+                )
+
+
+def for_artifact(policy: Policy, path: str) -> Policy:
+    """`policy` for a stored report of a file that another tool made.
+
+    Raises:
+        PolicyError: no rule on asr or lift, or none on accuracy, binds such a file.
+    """
+    adapted = policy.for_artifact(path)
+    problems = list(_coverage(adapted))
+    if problems:
+        raise policy.source.error(problems)
+    return adapted
 
 
 def check_plugins(policy: Policy) -> None:

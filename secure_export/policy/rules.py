@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from secure_export import statistics
 from secure_export.errors import NoVerdict, Refused
 from secure_export.policy.builtin import builtin_findings, measured, suspected
-from secure_export.policy.schema import PER_TRIGGER, Policy, Rule, Setting
+from secure_export.policy.check import for_artifact
+from secure_export.policy.schema import ARTIFACT, PER_TRIGGER, Policy, Rule, Setting
 from secure_export.records import Count, Finding, Measurement, Outcome, Paired, Report, Verdict
 
 
@@ -37,6 +38,8 @@ def judge(policy: Policy, report: Report) -> Verdict:
     Only the purified lane is ruled. One finding per rule and setting: the worst trigger and class. Nothing is
     measured here, so a stored report can be judged under another policy.
     """
+    if report.subject.architecture == ARTIFACT and policy.subject.artifact is None:
+        policy = for_artifact(policy, report.subject.path)
     findings = list(builtin_findings(policy, report))
     for setting in policy.expanded_settings():
         measurement = measured(report, setting)
@@ -84,7 +87,8 @@ def _classes(rule: Rule, report: Report) -> Sequence[int]:
 
 
 def _readings(rule: Rule, measurement: Measurement, policy: Policy, report: Report) -> Iterator[Reading]:
-    n = measurement.acc.total
+    # A file of another tool may have nothing to agree with.
+    n = min(measurement.acc.total, measurement.agreement.total)
     if rule.metric == "logit_difference":
         yield Reading("", measurement.logit_difference, n)
     elif rule.metric not in PER_TRIGGER:

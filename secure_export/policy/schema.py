@@ -28,8 +28,11 @@ Name = Annotated[
 ]
 """Names become file names: nothing that a path could be made of, and never hidden."""
 
+ARTIFACT = "artifact"
+"""The one setting of a job on a file that another tool made; also how a report names its architecture."""
 AT_MOST = ("acc_drop", "asr", "lift", "logit_difference", "top_share")
 PER_TRIGGER = ("asr", "lift", "ra")
+COMPARING = ("acc_drop", "agreement", "logit_difference")
 PAIRED = ("acc_drop", "lift")
 
 
@@ -82,6 +85,10 @@ class SubjectSpec(Section):
     """What is handed in; a flag of the command line overrides each of these."""
 
     model: str | None = Field(None, description="checkpoint, relative to the working directory")
+    artifact: str | None = Field(
+        None,
+        description="ONNX file of another tool to judge as it is; model is then what it is compared with",
+    )
     architecture: str | None = Field(
         None, description="timm:NAME, torchvision:NAME or package.module:factory"
     )
@@ -225,6 +232,7 @@ class Policy(Section):
     release: tuple[str, ...] = Field(min_length=1, description="names or globs of the settings that ship")
     triggers: tuple[TriggerSpec, ...] = Field(min_length=1)
     rules: tuple[Rule, ...] = Field(min_length=1)
+    costs: bool = Field(False, description="measure latency and memory of what ships, beside fp32 ONNX")
 
     _source: Source = PrivateAttr(default=Source("policy", ""))
     _sha256: str = PrivateAttr(default="")
@@ -249,12 +257,19 @@ class Policy(Section):
         """Where each value stood."""
         return self._source
 
+    def for_artifact(self, path: str) -> Policy:
+        """This policy for a file that another tool made: its settings and release do not apply."""
+        return self.model_copy(update={"subject": self.subject.model_copy(update={"artifact": path})})
+
     def expanded_settings(self) -> tuple[Setting, ...]:
         """Every setting, sweeps resolved, in the order of the file."""
         return tuple(setting for setting, _ in self.placed_settings())
 
     def placed_settings(self) -> Iterator[tuple[Setting, Mapping[Loc, Loc]]]:
         """Every setting, and where it stands: () to its loc, a swept parameter's loc to its choice's."""
+        if self.subject.artifact is not None:
+            yield Setting(ARTIFACT, (), {"kind": "onnx"}, True), {(): ("subject", ARTIFACT)}
+            return
         for index, spec in enumerate(self.settings):
             swept = [
                 (j, key, value["sweep"])

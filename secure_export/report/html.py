@@ -8,7 +8,7 @@ from markupsafe import Markup
 from secure_export.records import Report
 from secure_export.report import _story as story
 from secure_export.report import _tables as tables
-from secure_export.report import figures
+from secure_export.report import costs, figures
 
 
 def to_html(report: Report) -> str:
@@ -26,6 +26,7 @@ def to_html(report: Report) -> str:
         report=report,
         tables=tables,
         story=story,
+        costs=costs,
         failed=failed,
         undecided=undecided,
         held=held,

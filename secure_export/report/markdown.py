@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from secure_export.records import Finding, Report
 from secure_export.report import _story as story
 from secure_export.report import _tables as tables
+from secure_export.report import costs
 
 _ACTIVE = re.compile(r"([\\`*\[\]|])")
 _EDGE_UNDERSCORE = re.compile(r"(?<![^\W_])_|_(?![^\W_])")
@@ -22,11 +23,13 @@ def to_markdown(report: Report) -> str:
         _purification,
         _evidence,
         _files,
+        _costs,
         _held,
         _provenance,
         _policy,
     )
-    return "\n\n".join("\n".join(section(report)) for section in sections) + "\n"
+    drawn = ("\n".join(section(report)) for section in sections)
+    return "\n\n".join(section for section in drawn if section) + "\n"
 
 
 def escape(text: object) -> str:
@@ -133,6 +136,15 @@ def _files(report: Report) -> Iterator[str]:
         ("setting", "file", "sha256", "bytes"),
         ((file.setting, file.path.name, file.sha256, file.size) for file in files),
     )
+
+
+def _costs(report: Report) -> Iterator[str]:
+    if report.costs:
+        yield "## Costs"
+        yield ""
+        yield from _table(costs.COLUMNS, costs.rows(report))
+        yield ""
+        yield escape(costs.explained(report))
 
 
 def _held(report: Report) -> Iterator[str]:

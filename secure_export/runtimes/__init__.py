@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from secure_export.records import Predictor, View
 from secure_export.registry import Plugin
@@ -12,6 +13,9 @@ from secure_export.registry import Plugin
 
 class Runtime(Plugin):
     """file to Predictor, and to the View that locators read."""
+
+    reads_heads: ClassVar[bool] = True
+    """False where the file is compiled: locators then read the same steps in another format."""
 
     @abstractmethod
     def open(self, path: Path) -> Predictor:

@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from secure_export.errors import CompressError
+from secure_export.factories import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence what torchao logs and warns of while it is imported; exceptions pass."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def read(path: Path) -> bytes:
@@ -57,3 +41,8 @@ def check_head(rebuilt: Tensor, logits: Tensor, tolerance: float, file: str) -> 
 def first_line(error: BaseException) -> str:
     """The reason without the traceback that libraries append."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def printable_line(text: str) -> str:
+    """The first line of what a library says, without control characters: it may quote names in a file."""
+    return printable(text.strip().partition("\n")[0])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
 import torch
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
     from torch import Tensor
 
-LINEAR = ("Gemm", "MatMul", "MatMulInteger", "Conv", "ConvInteger")
+LINEAR = ("Gemm", "MatMul", "MatMulInteger", "MatMulNBits", "Conv", "ConvInteger")
 PASSED = ("Identity", "Cast", "Dropout", "Flatten", "Reshape", "Squeeze", "GlobalAveragePool", "ReduceMean")
 """What may stand between the head and the logits without changing which class wins by what."""
 ROUNDED = ("QuantizeLinear", "DequantizeLinear")
@@ -127,8 +128,9 @@ def _finish(head: Head, made_by: Mapping[str, NodeProto], varying: set[str], fil
             raise CompressError(f"cannot read the head of {file}: its integers come from elsewhere")
         head.data = quantizer.input[0]
         head.zero_point = head.node.input[3] if len(head.node.input) > 3 else ""
-    elif len(head.node.input) > 2:
-        head.bias = head.node.input[2]
+    else:
+        place = 5 if head.node.op_type == "MatMulNBits" else 2
+        head.bias = head.node.input[place] if len(head.node.input) > place else ""
     attributes = _attributes(head.node)
     if (
         head.data not in varying
@@ -145,6 +147,8 @@ def with_parts(proto: ModelProto, head: Head) -> tuple[bytes, str]:
     """A copy of the graph that also gives the head's parts, and the name of its unrounded logits."""
     graph = onnx.ModelProto()
     graph.CopyFrom(proto)
+    if head.node.op_type == "MatMulNBits":
+        _unpacked(graph.graph, head)
     logits = proto.graph.output[0].name
     bypass = {node.output[0]: node.input[0] for node in head.rounded}
 
@@ -160,6 +164,18 @@ def with_parts(proto: ModelProto, head: Head) -> tuple[bytes, str]:
         if name != logits:
             graph.graph.output.append(onnx.ValueInfoProto(name=name))
     return graph.SerializeToString(), source(logits)
+
+
+def _unpacked(graph: onnx.GraphProto, head: Head) -> None:
+    """The same node on the identity gives its packed weight [D, K] as floats."""
+    size = int(_attributes(head.node)["K"])
+    identity = onnx.numpy_helper.from_array(np.eye(size, dtype=np.float32), f"{head.weight}_identity")
+    graph.initializer.append(identity)
+    node = onnx.NodeProto()
+    node.CopyFrom(head.node)
+    node.input[0], node.output[0], node.name = identity.name, f"{head.weight}_unpacked", "unpacked head"
+    graph.node.append(node)
+    head.weight = node.output[0]
 
 
 def affine(head: Head, constants: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

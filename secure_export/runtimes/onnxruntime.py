@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import onnx
 import onnxruntime
@@ -14,15 +14,20 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort
 from pydantic import Field
 
 from secure_export.errors import CompressError
+from secure_export.factories import printable
 from secure_export.records import Predictor, View
 from secure_export.runtimes import Runtime
 from secure_export.runtimes._checks import check_head, first_line, read
 from secure_export.runtimes._cpu import cpu
 from secure_export.runtimes._head import affine, find_head, with_parts
+from secure_export.runtimes._isolated import IsolatedSession
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+Session: TypeAlias = onnxruntime.InferenceSession | IsolatedSession
+
+DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
 PROVIDER = "CPUExecutionProvider"
 SESSION_ERRORS = (
     ort.Fail,
@@ -53,6 +58,17 @@ class Onnxruntime(Runtime):
     batch_size: int = Field(
         256, ge=1, description="samples per run; dynamic int8 takes its scales from the batch, so it matters"
     )
+    isolated: bool = Field(
+        False, description="in a process of its own with bounded memory and time, for files of unknown origin"
+    )
+    gigabytes: float = Field(4.0, gt=0, description="memory that an isolated session may take")
+    seconds: float = Field(
+        120.0, gt=0, description="that an isolated session may take to open, and per batch"
+    )
+    mean: tuple[float, ...] = Field(
+        (), description="per channel, taken off the inputs before the file sees them"
+    )
+    std: tuple[float, ...] = Field((), description="per channel; the inputs are divided by it")
 
     def open(self, path: Path) -> Predictor:
         """The file as a function of raw inputs [N, ...] float32 in [0, 1]; logits [N, classes] float32.
@@ -61,8 +77,13 @@ class Onnxruntime(Runtime):
             CompressError: no such file, no valid ONNX, several inputs, or an unknown operator.
         """
         session = self._session(read(path), path.name)
-        if len(session.get_inputs()) != 1:
-            raise CompressError(f"{path.name} has {len(session.get_inputs())} inputs, expected one")
+        given = session.get_inputs()
+        if len(given) != 1:
+            raise CompressError(f"{path.name} has {len(given)} inputs, expected one")
+        if given[0].type not in DTYPES:
+            raise CompressError(
+                f"{path.name} takes {given[0].type}, expected floats", hint="inputs are floats in [0, 1]"
+            )
         output = session.get_outputs()[0].name
         return lambda inputs: self._run(session, inputs, output, path.name)
 
@@ -89,10 +110,13 @@ class Onnxruntime(Runtime):
             hidden = self._run(session, inputs, head.data, path.name)
             return hidden.flatten(2).mean(2) if hidden.ndim == 4 else hidden
 
-        noise = torch.rand(
-            (8, *session.get_inputs()[0].shape[1:]), generator=torch.Generator().manual_seed(0)
-        )
-        constants = {name: self._run(session, noise[:1], name, path.name) for name in head.constants}
+        shape = session.get_inputs()[0].shape[1:]
+        if not all(isinstance(size, int) for size in shape):
+            raise CompressError(f"{path.name} does not say the size of its inputs: {printable(str(shape))}")
+        noise = torch.rand((8, *shape), generator=torch.Generator().manual_seed(0))
+        given = session.get_inputs()[0].shape[0]
+        one = noise[:1].expand(given if isinstance(given, int) else 1, *shape)
+        constants = {name: self._run(session, one, name, path.name) for name in head.constants}
         weight, bias = affine(head, constants)
         check_head(
             latents(noise) @ weight.T + bias,
@@ -111,10 +135,22 @@ class Onnxruntime(Runtime):
             "optimization": self.optimization,
             "intra_op_threads": str(self.intra_op_threads),
             "batch_size": str(self.batch_size),
+            **({"isolated": f"{self.gigabytes:g} GiB, {self.seconds:g} s"} if self.isolated else {}),
+            **({"mean": str(list(self.mean)), "std": str(list(self.std))} if self.mean else {}),
             "cpu": cpu(),
         }
 
-    def _session(self, content: bytes, file: str) -> onnxruntime.InferenceSession:
+    def _session(self, content: bytes, file: str) -> Session:
+        if self.isolated:
+            return IsolatedSession(
+                content,
+                file,
+                level=LEVELS[self.optimization].value,
+                threads=self.intra_op_threads,
+                provider=PROVIDER,
+                gigabytes=self.gigabytes,
+                seconds=self.seconds,
+            )
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = self.intra_op_threads
@@ -124,14 +160,31 @@ class Onnxruntime(Runtime):
         except SESSION_ERRORS as error:
             raise CompressError(f"ONNX Runtime cannot open {file}: {first_line(error)}") from error
 
-    def _run(self, session: onnxruntime.InferenceSession, inputs: Tensor, output: str, file: str) -> Tensor:
+    def _run(self, session: Session, inputs: Tensor, output: str, file: str) -> Tensor:
         """One output over all inputs, in batches, as float32."""
-        name = session.get_inputs()[0].name
+        given = session.get_inputs()[0]
+        # A file with a fixed batch gets exactly that many; the last batch is filled up and cut again.
+        fixed = given.shape[0] if given.shape and isinstance(given.shape[0], int) else 0
+        size = fixed or self.batch_size
         parts = []
         try:
-            for start in range(0, max(len(inputs), 1), self.batch_size):
-                batch = inputs[start : start + self.batch_size].float().contiguous().numpy()
-                parts.append(torch.from_numpy(session.run([output], {name: batch})[0]))
+            for start in range(0, max(len(inputs), 1), size):
+                batch = self._raw(inputs[start : start + size].float())
+                n = len(batch)
+                if fixed:
+                    batch = torch.cat([batch, batch.new_zeros(fixed - n, *batch.shape[1:])])
+                values = batch.contiguous().numpy().astype(DTYPES[given.type])
+                made = torch.from_numpy(session.run([output], {given.name: values})[0]).float()
+                if fixed and made.shape[:1] == (fixed,):
+                    made = made[:n]
+                parts.append(made)
         except SESSION_ERRORS as error:
             raise CompressError(f"ONNX Runtime cannot run {file}: {first_line(error)}") from error
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).float()
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _raw(self, batch: Tensor) -> Tensor:
+        """The batch as the file expects it."""
+        if not self.mean:
+            return batch
+        shape = (-1, *(1 for _ in batch.shape[2:]))
+        return (batch - torch.tensor(self.mean).view(shape)) / torch.tensor(self.std).view(shape)

@@ -1,4 +1,4 @@
-"""Quantizers print, warn and log advice; what a user must know arrives as an exception."""
+"""Toolchains print, warn and log advice; what a user must know arrives as an exception."""
 
 from __future__ import annotations
 

@@ -1,0 +1,186 @@
+"""A file that another tool made, as it is: taken into the run directory, looked at, and measured there.
+
+Nothing is purified or made; what ships, if the verdict approves, is the copy whose bytes were measured.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from secure_export import digests, lane, loading, onnx_files, registry
+from secure_export.errors import CompressError, LoadError, PolicyError
+from secure_export.factories import printable
+from secure_export.lane import Bench
+from secure_export.measure import Reference, logits_of
+from secure_export.policy.schema import ARTIFACT, SubjectSpec
+from secure_export.records import Artifact, Count, Paired, Predictor, SettingResult, SubjectInfo
+from secure_export.runtimes import Runtime
+from secure_export.runtimes.torch_eager import from_module
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+PROBED = 48
+"""Samples that are asked alone as well as together."""
+ALONE = 0.1
+"""Share of them that may change class: dynamic int8 takes its scales from the batch and moves near ties."""
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """The copy that is measured, and what its graph says."""
+
+    artifact: Artifact
+    info: SubjectInfo
+    predict: Predictor
+
+
+def options(wanted: SubjectSpec) -> dict[str, Any]:
+    """How ONNX Runtime opens a stranger's file: apart, and behind the normalization that the user names."""
+    normalized = {"mean": wanted.mean, "std": wanted.std} if wanted.mean and wanted.std else {}
+    return {"isolated": True, **normalized}
+
+
+def take(path: Path, bench: Bench) -> Incoming:
+    """Read the file once, look at it, copy it into the run directory and try it there.
+
+    Raises:
+        LoadError: no file that can be judged; the message names what is wrong with it.
+        CompressError: ONNX Runtime cannot run it on these samples within its bounds.
+    """
+    content = onnx_files.read(path)
+    proto = onnx_files.parsed(content, path.name)
+    shape = tuple(bench.splits.holdout.inputs.shape[1:])
+    check_signature(proto, shape, path.name)
+    copy = bench.folder / f"artifact-{digests.of_json(path.name)[:8]}.onnx"
+    copy.write_bytes(content)
+    artifact = Artifact(ARTIFACT, copy, digests.of_file(copy), len(content), "onnx", "onnxruntime")
+    spec = {"kind": artifact.runtime, **bench.runtime}
+    predict = registry.build(Runtime, "runtimes", spec).open(artifact.path)
+    classes = tried(predict, bench, path.name)
+    info = SubjectInfo(
+        path=path.name,
+        sha256=artifact.sha256,
+        architecture=ARTIFACT,
+        classes=classes,
+        class_names=bench.splits.class_names,
+        head="",
+        input_shape=shape,
+        parameters=sum(math.prod(tensor.dims) for tensor in proto.graph.initializer),
+    )
+    return Incoming(artifact, info, predict)
+
+
+def check_signature(proto: ModelProto, shape: tuple[int, ...], name: str) -> None:
+    """One input of the data's shape, one output.
+
+    Raises:
+        LoadError: other inputs or outputs than a classifier's.
+    """
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    inputs = [value for value in proto.graph.input if value.name not in weights]
+    if len(inputs) != 1 or len(proto.graph.output) != 1:
+        raise LoadError(
+            f"{name} has {len(inputs)} inputs and {len(proto.graph.output)} outputs, expected one of each",
+            hint="a classifier takes images and gives logits",
+        )
+    used = {value for node in proto.graph.node for value in node.input}
+    if inputs[0].name not in used:
+        raise LoadError(f"{name}: nothing reads the input {printable(inputs[0].name)!r}")
+    tensor = inputs[0].type.tensor_type
+    if not tensor.HasField("shape"):
+        return
+    sizes = [size.dim_value if size.HasField("dim_value") else None for size in tensor.shape.dim]
+    if len(sizes) != len(shape) + 1 or any(
+        size not in (None, given) for size, given in zip(sizes[1:], shape, strict=True)
+    ):
+        taken = ", ".join("any" if size is None else str(size) for size in sizes[1:])
+        raise LoadError(
+            f"{name} takes inputs of [{taken}], the data has {list(shape)}",
+            hint="data.resize and data.channels say how images are read",
+        )
+
+
+def tried(predict: Predictor, bench: Bench, name: str) -> int:
+    """Number of classes, after some runs on calibration samples, clean and triggered.
+
+    Raises:
+        CompressError: outputs that are no logits, that differ from run to run, or other answers to a sample
+            alone than in a batch; the deployed batch size is not the one that is measured.
+    """
+    some = bench.splits.calibration.floats(slice(0, PROBED))
+    logits = predict(some)
+    if logits.ndim != 2 or len(logits) != len(some) or logits.shape[1] < 2:
+        raise CompressError(
+            f"{name} gives {list(logits.shape)} for {len(some)} samples, expected [{len(some)}, classes]"
+        )
+    if not bool(logits.isfinite().all()):
+        raise CompressError(f"{name} gives logits that are not finite")
+    if not torch.equal(predict(some), logits):
+        raise CompressError(f"{name} gives other logits for the same samples: it cannot be measured")
+    for trigger, inputs in {"": some, **{key: made(some) for key, made in bench.triggers.items()}}.items():
+        alone = torch.cat([predict(sample[None]) for sample in inputs]).argmax(1)
+        moved = int((alone != predict(inputs).argmax(1)).sum())
+        if moved > ALONE * len(inputs):
+            what = f"with trigger {trigger} " if trigger else ""
+            raise CompressError(
+                f"{name} answers {moved} of {len(inputs)} samples {what}otherwise alone than in a batch",
+                hint="it behaves by batch size, so no measurement of one speaks for the other",
+            )
+    return int(logits.shape[1])
+
+
+def measured(
+    incoming: Incoming, against: Predictor | None, bench: Bench
+) -> tuple[SettingResult, SettingResult]:
+    """The file in both lanes, which are one: nothing was purified.
+
+    Without `against` there is nothing to compare with: acc_drop and agreement are of no samples.
+
+    Raises:
+        CompressError: it fails on a sample, or the copy changed while it was measured.
+    """
+    artifact = incoming.artifact
+    logits = logits_of(against or incoming.predict, bench.splits.holdout)
+    found = lane.measured("original", Reference(logits.argmax(1), logits), artifact, bench)
+    if against is None:
+        found = replace(found, acc_drop=Paired(0, 0, 0), agreement=Count(0, 0), logit_difference=0.0)
+    return (
+        SettingResult("original", ARTIFACT, artifact, found),
+        SettingResult("purified", ARTIFACT, artifact, replace(found, lane="purified")),
+    )
+
+
+def compared_with(wanted: SubjectSpec, classes: int, bench: Bench) -> Predictor | None:
+    """The model that the file is said to come from: another .onnx, or a checkpoint and its architecture.
+
+    Raises:
+        PolicyError: a checkpoint without architecture. LoadError, CompressError: it cannot be used.
+    """
+    if wanted.model is None:
+        return None
+    path = Path(wanted.model)
+    if path.suffix == ".onnx":
+        other = take(path, bench)
+        if other.info.classes != classes:
+            raise LoadError(f"{path.name} has {other.info.classes} classes, the artifact {classes}")
+        return other.predict
+    if wanted.architecture is None:
+        raise PolicyError(
+            f"{path.name} needs an architecture", hint="give --arch, or the .onnx file of full precision"
+        )
+    subject = loading.load(
+        path,
+        wanted.architecture,
+        classes=classes,
+        head=wanted.head,
+        mean=wanted.mean,
+        std=wanted.std,
+        input_shape=tuple(bench.splits.holdout.inputs.shape[1:]),
+    )
+    return from_module(subject.model)
