@@ -69,11 +69,26 @@ def stratified(x: Tensor, y: Tensor, size: int, seed: int) -> tuple[Split, Split
     return Split(x[fit], y[fit], "fit"), Split(x[calibration], y[calibration], "calibration")
 
 
+@torch.no_grad()
 def settings(model: nn.Module) -> dict[str, View]:
     """Full precision, and weights rounded to 8 bits per channel."""
-    with torch.no_grad():
-        rounded = {name: weight.detach() for name, weight in _views.int8_weights(model).items()}
-    return {"fp32": View(model, "full", {}), "int8": View(model, "int8", rounded)}
+    return {"fp32": View(model, {}), "int8": View(model, _views.int8_weights(model))}
+
+
+@torch.no_grad()
+def awakenings(model: nn.Module, clean: Tensor) -> dict[str, View]:
+    """What wakes a backdoor that was only put to sleep: new statistics, masks, single weights cut."""
+    norms = _views.followers(model, clean[:2])
+    found: dict[str, View] = {
+        "statistics": View(model, {}, _views.calibrated_buffers(model, {}, clean)),
+        "sparse.5": View(model, _views.sparse_weights(model, 0.5, HEAD)),
+    }
+    for ratio in (0.2, 0.5):
+        weights = _views.masked_weights(model, ratio, norms, HEAD)
+        buffers = _views.calibrated_buffers(model, weights, clean)
+        found[f"mask{ratio}"] = View(model, weights)
+        found[f"mask{ratio}-recalibrated"] = View(model, weights, buffers)
+    return found
 
 
 @torch.no_grad()
@@ -85,8 +100,8 @@ def predictions(view: View, inputs: Tensor) -> Tensor:
 class Judge:
     """Freshly inverted triggers of one model and class; the same for every recipe."""
 
-    def __init__(self, original: nn.Module, target: int, calibration: Split, steps: int) -> None:
-        self.target, self.steps = target, steps
+    def __init__(self, original: nn.Module, target: int, fit: Split, calibration: Split, steps: int) -> None:
+        self.target, self.steps, self.clean = target, steps, fit.floats()
         self.inputs, self.labels = calibration.floats(), calibration.labels
         # Half of the samples carry the search, the other half is judged.
         others = self.inputs[self.labels != target]
@@ -118,6 +133,11 @@ class Judge:
             found[f"ftr_{name}"] = percent(predictions(view, self.judged) == self.target)
             for (family, _), triggers in self.original.items():
                 worse(found, f"replay_{family}", self.success(view, triggers))
+        for name, view in awakenings(model, self.clean).items():
+            found[f"acc_{name}"] = percent(predictions(view, self.inputs) == self.labels)
+            found[f"ftr_{name}"] = percent(predictions(view, self.judged) == self.target)
+            for number in range(2):
+                worse(found, f"replay_{name}", self.success(view, self.original["patch", number]))
         view = settings(model)["fp32"]
         for family in ("patch", "l2"):
             found[f"cold_{family}"] = self.success(view, self.invert(view, family, seed=SEED + 1))
@@ -141,11 +161,13 @@ def percent(hits: Tensor) -> float:
     return round(100 * float(hits.float().mean()), 2)
 
 
-def look(model: nn.Module, data: datasets.Images, target: int, trigger: Trigger, n: int) -> dict[str, float]:
+def look(
+    model: nn.Module, data: datasets.Images, fit: Split, target: int, trigger: Trigger, n: int
+) -> dict[str, float]:
     """ACC and ASR on the first `n` test images, with the true trigger."""
     x, y = datasets.to_unit(data.test_x[:n]), data.test_y[:n]
     found = {}
-    for name, view in settings(model).items():
+    for name, view in {**settings(model), **awakenings(model, fit.floats())}.items():
         found[f"true_acc_{name}"] = percent(predictions(view, x) == y)
         found[f"true_asr_{name}"] = percent(predictions(view, trigger(x[y != target])) == target)
     return found
@@ -175,7 +197,7 @@ def main(**o: Any) -> None:
     trigger = registry.build(Trigger, "triggers", spec)
     for path in o["models"]:
         original = load(path)
-        judge = Judge(original, o["target"], calibration, o["steps"])
+        judge = Judge(original, o["target"], fit, calibration, o["steps"])
         for recipe in ('{"kind": "none"}', *o["recipes"]):
             began = (time.monotonic(), time.process_time())
             model, history = purified(original, json.loads(recipe), o["target"], fit, o["seed"])
@@ -186,7 +208,7 @@ def main(**o: Any) -> None:
             }
             row |= judge.criteria(model)
             if o["n_look"]:
-                row |= look(model, data, o["target"], trigger, o["n_look"])
+                row |= look(model, data, fit, o["target"], trigger, o["n_look"])
             row["history"] = history
             click.echo(json.dumps(row))
             if o["out"]:

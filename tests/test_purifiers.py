@@ -184,7 +184,7 @@ def test_head_may_sit_anywhere() -> None:
 
 
 def test_lmr_plus_removes_what_fine_tuning_leaves() -> None:
-    purifier = LmrPlus(rounds=4, families=("patch",), lr=1e-3, per_sample=0.0)
+    purifier = LmrPlus(rounds=6, lr=1e-3)
     result = purifier.purify(
         copy.deepcopy(backdoored()), digits.HEAD, digits.TARGET, digits.fit_split(), seed=0
     )
@@ -296,6 +296,26 @@ def test_masked_view_cuts_the_weakest_channels_and_leaves_the_model_alone() -> N
     assert int(alive.sum()) == 8
     assert strength[alive].min() >= strength[~alive].max()
     assert (weights["body.1.bias"][~alive] == 0).all()
-    _views.View(model, "masked", weights)(inputs)
+    buffers = _views.calibrated_buffers(model, weights, inputs)
+    _views.View(model, weights, buffers)(inputs)
     assert not any(module.training for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_calibrated_statistics_are_those_of_the_clean_batch_under_the_given_weights() -> None:
+    model = copy.deepcopy(backdoored())
+    inputs = digits.fit_split().floats()
+    doubled = {"body.0.weight": 2 * model.body[0].weight.detach()}
+    buffers = _views.calibrated_buffers(model, doubled, inputs)
+    expected = 2 * model.body[0](inputs).mean((0, 2, 3))
+    assert torch.allclose(buffers["body.1.running_mean"], expected, atol=1e-4)
+    assert model.body[1].momentum == 0.1
+
+
+def test_sparse_view_zeroes_the_smallest_weights_of_every_layer_but_the_head() -> None:
+    sparse = _views.sparse_weights(backdoored(), 0.5, digits.HEAD)
+    assert set(sparse) == {"body.0.weight", "body.4.weight"}
+    for name, weight in sparse.items():
+        full = backdoored().get_parameter(name)
+        assert float((weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
+        assert full[weight != 0].abs().min() >= full[weight == 0].abs().max()

@@ -12,7 +12,7 @@ from torch.func import functional_call
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-Kind = Literal["full", "int8", "masked"]
+Kind = Literal["full", "int8", "pruned"]
 LEVELS = 127
 
 
@@ -104,31 +104,58 @@ def followers(model: nn.Module, inputs: Tensor) -> dict[str, str]:
     return found
 
 
+def sparse_weights(model: nn.Module, ratio: float, head: str) -> dict[str, Tensor]:
+    """The smallest weights of every layer but the head set to zero, a share `ratio` of each."""
+    sparse = {}
+    for name in weight_names(model):
+        weight = model.get_parameter(name)
+        cut = int(ratio * weight.numel())
+        if name == f"{head}.weight" or cut == 0:
+            continue
+        size = weight.detach().abs()
+        sparse[name] = weight * (size > size.flatten().kthvalue(cut).values)
+    return sparse
+
+
+def batch_norms(model: nn.Module) -> list[nn.BatchNorm1d | nn.BatchNorm2d]:
+    """Normalizations that keep running statistics."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
+    return [layer for layer in model.modules() if isinstance(layer, kinds) and layer.track_running_stats]
+
+
+@torch.no_grad()
+def calibrated_buffers(model: nn.Module, weights: Mapping[str, Tensor], clean: Tensor) -> dict[str, Tensor]:
+    """Copies of `model`'s buffers with BatchNorm statistics of clean inputs [N, ...] under `weights`.
+
+    A network trained on triggered batches keeps statistics of triggered samples. Whatever recalibrates after
+    compression takes clean ones, and a backdoor repelled under the former may wake under the latter.
+    """
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    norms = batch_norms(model)
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    try:
+        functional_call(model, {**buffers, **weights}, (clean,))
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.eval()
+            norm.momentum = momentum
+    return buffers
+
+
 class View:
     """Callable: raw inputs to logits under one drawn compression; weights stay those of the model."""
 
-    def __init__(self, model: nn.Module, kind: Kind, weights: Mapping[str, Tensor]) -> None:
-        self.model, self.kind, self.weights = model, kind, dict(weights)
+    def __init__(
+        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self.model, self.replaced = model, {**(buffers or {}), **weights}
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        if self.kind == "full":
+        if not self.replaced:
             logits: Tensor = self.model(inputs)
             return logits
-        if self.kind == "int8":
-            logits = functional_call(self.model, self.weights, (inputs,))
-            return logits
-        # Cut channels shift every later layer: batch statistics stand in for recalibration, on copies.
-        copies = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        norms = [m for m in self.model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
-        for norm in norms:
-            norm.train()
-        try:
-            logits = functional_call(self.model, {**copies, **self.weights}, (inputs,))
-        finally:
-            for norm in norms:
-                norm.eval()
+        logits = functional_call(self.model, self.replaced, (inputs,))
         return logits
-
-    def detached(self) -> View:
-        """The same weights without their graph, for inner loops."""
-        return View(self.model, self.kind, {name: weight.detach() for name, weight in self.weights.items()})
