@@ -186,6 +186,16 @@ def cost_table(
     return tuple(found)
 
 
+def unrounded(lined: Lined, setting: Setting, bench: Bench) -> Path | None:
+    """The float file that the setting's steps on files began with; None where there is no such step."""
+    steps = [registry.build(Compressor, "compressors", spec) for spec in setting.steps]
+    module_steps = [step for step in steps if isinstance(step, ModuleStep)]
+    if len(module_steps) == len(steps):
+        return None
+    form = registry.build(Format, "formats", setting.format)
+    return _written(lined, setting, module_steps, form, bench).path
+
+
 def measured(lane: Lane, reference: Reference, artifact: Artifact, bench: Bench) -> Measurement:
     """What the file does, in the runtime that will run it."""
     runtime = registry.build(Runtime, "runtimes", {"kind": artifact.runtime, **bench.runtime})

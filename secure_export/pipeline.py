@@ -15,7 +15,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from secure_export import __version__, data, defence, digests, incoming, loading, registry
+from secure_export import __version__, data, defence, digests, evidence, incoming, loading, registry
 from secure_export.environment import Clock, versions
 from secure_export.errors import LoadError, NoVerdict, PolicyError, ReleaseError
 from secure_export.lane import Bench, at_the_head, cost_table, through_settings
@@ -86,12 +86,16 @@ def whole_job(
     with clock("purified"):
         purified = at_the_head(model, subject.head, "purified", identity, bench, original.reference)
         purifieds = through_settings(purified, policy.expanded_settings(), bench)
+    with clock("evidence"):
+        lanes = (original, originals), (purified, purifieds)
+        gathered = evidence.gather(policy, lanes, subject.classes, bench)
     with clock("costs"):
         shipped = [setting.name for setting in policy.expanded_settings() if setting.released]
         spent = cost_table(purified, purifieds, shipped, bench) if policy.costs else ()
     info = described(subject, splits)
     report = compose(policy, info, bench, suspects, purification, originals, purifieds, clock.seconds)
-    return replace(report, costs=spent), purifieds
+    searched = evidence.described(report.evidence, gathered)
+    return replace(report, costs=spent, evidence=searched), purifieds
 
 
 def gate(
@@ -110,11 +114,13 @@ def gate(
         original, purified = incoming.measured(given, against, bench)
     with clock("locate"):
         suspects = defence.locate(policy.locate, None, [original], bench)
+    with clock("evidence"):
+        lanes = (None, [original]), (None, [purified])
+        gathered = evidence.gather(policy, lanes, given.info.classes, bench)
     report = compose(policy, given.info, bench, suspects, None, [original], [purified], clock.seconds)
+    searched = evidence.described(report.evidence, gathered)
     unseen = "what the file does when somebody compresses it further: it was measured as it is"
-    return replace(
-        report, evidence=replace(report.evidence, not_shown=(*report.evidence.not_shown, unseen))
-    ), [purified]
+    return replace(report, evidence=replace(searched, not_shown=(*searched.not_shown, unseen))), [purified]
 
 
 def load(policy: Policy, progress: Progress) -> tuple[Subject, Splits]:

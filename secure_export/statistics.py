@@ -6,7 +6,8 @@ fractional: `needed` asks what the same *rates* would show on more samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from statistics import median
 
 LARGEST = 1_000_000_000
 """Where `needed` stops looking: a rate that needs more samples than this sits on its limit."""
@@ -45,3 +46,21 @@ def needed(holds: Callable[[int], bool], start: int) -> int | None:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle, high)
     return high
+
+
+def conformal_p(rows: Sequence[Sequence[float]]) -> tuple[float, int]:
+    """(p, class) of the last of N + 1 rows, one score per class and model, the first N of clean models.
+
+    A model's score is its largest excess over the median of all other models, class by class, for some
+    classes are easier to reach than others. If the last model is clean too, all rows are exchangeable, so
+    p <= a has a probability of at most a, and p is never below 1 / (N + 1) (Vovk et al. 2005).
+    """
+    scored = [_excess(rows, i) for i in range(len(rows))]
+    own, named = scored[-1]
+    return sum(score >= own for score, _ in scored) / len(rows), named
+
+
+def _excess(rows: Sequence[Sequence[float]], i: int) -> tuple[float, int]:
+    others = [row for j, row in enumerate(rows) if j != i]
+    excess = [value - median(row[c] for row in others) for c, value in enumerate(rows[i])]
+    return max((value, c) for c, value in enumerate(excess))

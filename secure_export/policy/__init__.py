@@ -15,8 +15,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from secure_export.errors import PolicyError
-from secure_export.policy import schema, yaml
+from secure_export.policy import evidence, schema, yaml
 from secure_export.policy.check import check_plugins, cross_check
+from secure_export.policy.evidence import EvidenceRule, EvidenceSpec
 from secure_export.policy.rules import Approved, approve, judge
 from secure_export.policy.schema import (
     DataSpec,
@@ -35,6 +36,8 @@ SHIPPED = (Path(__file__).parents[1] / "policies", Path(__file__).parents[2] / "
 __all__ = [
     "Approved",
     "DataSpec",
+    "EvidenceRule",
+    "EvidenceSpec",
     "Locate",
     "Policy",
     "Rule",
@@ -53,7 +56,8 @@ __all__ = [
 MAX_BYTES = 1_000_000
 KEYS = sorted(
     key
-    for section in vars(schema).values()
+    for module in (schema, evidence)
+    for section in vars(module).values()
     if isinstance(section, type) and issubclass(section, BaseModel)
     for key in section.model_fields
 )

@@ -24,6 +24,7 @@ BASES = {
     "compressors": "Compressor",
     "formats": "Format",
     "triggers": "Trigger",
+    "probes": "Probe",
 }
 
 
@@ -77,6 +78,10 @@ def _patterns(policy: Policy) -> Iterator[Problem]:
                     yield Problem(("rules", index, "triggers", i), f"no trigger is called {name!r}")
     if policy.subject.artifact is not None:
         return  # no setting of the file is made, so none need be named rightly
+    for index, bound in enumerate(policy.evidence.rules if policy.evidence else ()):
+        if isinstance(bound.settings, tuple):
+            for i, glob in enumerate(bound.settings):
+                wanted.append((("evidence", "rules", index, "settings", i), glob))
     for loc, glob in wanted:
         if not any(fnmatchcase(name, glob) for name in settings):
             yield Problem(loc, f"{glob!r} matches no setting ({', '.join(settings)})")
@@ -135,6 +140,8 @@ def check_plugins(policy: Policy) -> None:
         _build(policy, "purifiers", policy.purify, ("purify",), problems)
     for index, trigger in enumerate(policy.triggers):
         _build(policy, "triggers", trigger.plugin, ("triggers", index), problems)
+    for index, probe in enumerate(policy.evidence.probes if policy.evidence else ()):
+        _build(policy, "probes", probe, ("evidence", "probes", index), problems)
     for setting, places in policy.placed_settings():
         _build(policy, "formats", setting.format, (*places[()], "format"), problems)
         _check_steps(policy, setting, places, problems)

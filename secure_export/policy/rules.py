@@ -8,28 +8,15 @@ level 1 - alpha/m (Bonferroni), so that all m hold together with the stated conf
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from secure_export import statistics
 from secure_export.errors import NoVerdict, Refused
+from secure_export.policy._readings import Reading, decide, message, severity
 from secure_export.policy.builtin import builtin_findings, measured, suspected
 from secure_export.policy.check import for_artifact
+from secure_export.policy.evidence_rules import evidence_findings
 from secure_export.policy.schema import ARTIFACT, PER_TRIGGER, Policy, Rule, Setting
 from secure_export.records import Count, Finding, Measurement, Outcome, Paired, Report, Verdict
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One number that a rule looks at, and what it says; the worst reading speaks for the rule."""
-
-    where: str
-    value: Count | Paired | float | None
-    n: int
-    observed: float | None = None
-    bound: float | None = None
-    passed: bool | None = None
-    needed: int | None = None
-    why: str = ""
 
 
 def judge(policy: Policy, report: Report) -> Verdict:
@@ -47,6 +34,7 @@ def judge(policy: Policy, report: Report) -> Verdict:
             if measurement is not None and rule.binds(setting):
                 line = policy.source.line(("rules", index))
                 findings.append(_rule(rule, setting, measurement, policy, report, line))
+    findings += evidence_findings(policy, report)
     return Verdict(outcome(findings), tuple(findings))
 
 
@@ -63,9 +51,9 @@ def _rule(
     alpha = 1 - policy.confidence
     if rule.metric in PER_TRIGGER:
         alpha /= max(1, len(_classes(rule, report)))
-    decided = [_decide(reading, rule, alpha) for reading in _readings(rule, measurement, policy, report)]
+    decided = [decide(reading, rule, alpha) for reading in _readings(rule, measurement, policy, report)]
     worst = max(
-        decided, key=lambda reading: _severity(reading, rule), default=Reading("", None, 0, why="no class")
+        decided, key=lambda reading: severity(reading, rule), default=Reading("", None, 0, why="no class")
     )
     return Finding(
         rule=rule.metric,
@@ -75,7 +63,7 @@ def _rule(
         limit=rule.limit,
         n=worst.n,
         passed=worst.passed,
-        message=_message(worst, rule),
+        message=message(worst, rule),
         needed=worst.needed,
         line=line,
     )
@@ -104,75 +92,6 @@ def _readings(rule: Rule, measurement: Measurement, policy: Policy, report: Repo
                 known = 0 <= c < len(per_class) == report.subject.classes
                 count = per_class[c] if known else None
                 yield Reading(f"trigger {trigger.name}, class {c}", count, count.total if count else 0)
-
-
-def _decide(reading: Reading, rule: Rule, alpha: float) -> Reading:
-    value, limit, at_most = reading.value, rule.limit, rule.at_least is None
-    if isinstance(value, float | int):
-        if reading.n == 0:
-            return replace(reading, why="no samples")
-        return replace(reading, observed=value, passed=value <= limit)
-    if value is None or not _possible(value):
-        return replace(reading, why="not measured" if value is None else "the counts are impossible")
-
-    def bound(n: int) -> float:
-        scale = n / value.total if value.total else 0.0
-        if isinstance(value, Paired):
-            return statistics.paired_upper(value.gained * scale, value.lost * scale, n, alpha)
-        hits = value.hits * scale if value.total else float(0 if at_most else n)
-        return statistics.upper(hits, n, alpha) if at_most else statistics.lower(hits, n, alpha)
-
-    def holds(n: int) -> bool:
-        return bound(n) <= limit if at_most else bound(n) >= limit
-
-    if value.total == 0:
-        return replace(reading, needed=statistics.needed(holds, 0), why="no samples")
-    observed = value.difference if isinstance(value, Paired) else value.rate
-    violated = observed > limit if at_most else observed < limit
-    if violated or holds(value.total):
-        return replace(reading, observed=observed, bound=bound(value.total), passed=not violated)
-    return replace(
-        reading,
-        observed=observed,
-        bound=bound(value.total),
-        needed=statistics.needed(holds, value.total),
-        why="too few samples",
-    )
-
-
-def _possible(value: Count | Paired) -> bool:
-    parts = (value.hits,) if isinstance(value, Count) else (value.gained, value.lost)
-    return min(parts) >= 0 and sum(parts) <= value.total
-
-
-def _severity(reading: Reading, rule: Rule) -> tuple[int, float]:
-    """Broken before undecided before kept; then by distance to the limit, or by the samples still needed."""
-    sign = 1 if rule.at_least is None else -1
-    if reading.passed is None:
-        return 1, float("inf") if reading.needed is None else reading.needed
-    seen = reading.bound if reading.passed and reading.bound is not None else reading.observed
-    return (0 if reading.passed else 2), sign * ((seen or 0.0) - rule.limit)
-
-
-def _message(reading: Reading, rule: Rule) -> str:
-    value, where = reading.value, f" ({reading.where})" if reading.where else ""
-    if reading.observed is None:
-        enough = f", needs at least {reading.needed}" if reading.needed else ""
-        return f"{rule.metric}{where}: {reading.why}{enough}"
-    if isinstance(value, Count):
-        counts = f" = {value.hits} of {value.total}"
-    elif isinstance(value, Paired):
-        counts = f" = ({value.gained} - {value.lost}) of {value.total}"
-    else:
-        counts = ""
-    limit = f"{'at most' if rule.at_least is None else 'at least'} {rule.limit:g}"
-    text = f"{rule.metric} {reading.observed:.4g}{counts}{where}"
-    if reading.bound is not None:
-        text += f", exact bound {reading.bound:.4g}"
-    if reading.passed is not None:
-        return f"{text}: {'holds' if reading.passed else 'breaks'} {limit}"
-    enough = f"needs {reading.needed}" if reading.needed else "no number of samples at this rate would do"
-    return f"{text}: {reading.why} to show {limit}, {enough}"
 
 
 @dataclass(frozen=True)

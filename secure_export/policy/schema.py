@@ -10,9 +10,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     PrivateAttr,
     ValidationInfo,
@@ -20,6 +17,9 @@ from pydantic import (
     model_validator,
 )
 
+from secure_export.policy._base import PluginSpec, Section, selection
+from secure_export.policy._base import spec as with_kind
+from secure_export.policy.evidence import EvidenceSpec
 from secure_export.policy.yaml import Loc, Source
 
 Name = Annotated[
@@ -34,12 +34,6 @@ AT_MOST = ("acc_drop", "asr", "lift", "logit_difference", "top_share")
 PER_TRIGGER = ("asr", "lift", "ra")
 COMPARING = ("acc_drop", "agreement", "logit_difference")
 PAIRED = ("acc_drop", "lift")
-
-
-def _spec(value: Any) -> Any:
-    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
-        raise ValueError("expected a mapping with `kind: name`")
-    return value
 
 
 def _sweeps(value: dict[str, Any]) -> dict[str, Any]:
@@ -59,26 +53,8 @@ def _version(value: int) -> int:
     return value
 
 
-PluginSpec = Annotated[dict[str, Any], BeforeValidator(_spec)]
-"""`{kind: name, **parameters}`; check_plugins() looks at the parameters."""
 StepSpec = Annotated[PluginSpec, AfterValidator(_sweeps)]
 """A PluginSpec in which a parameter may be `{sweep: [...]}`."""
-
-
-def _selection(words: tuple[str, ...]) -> BeforeValidator:
-    def check(value: Any) -> Any:
-        listed = isinstance(value, list) and value and all(isinstance(name, str) for name in value)
-        if value not in words and not listed:
-            raise ValueError(f"expected {' or '.join(words)} or a list of names, got {value!r}")
-        return tuple(value) if isinstance(value, list) else value
-
-    return BeforeValidator(check)
-
-
-class Section(BaseModel):
-    """Base of every part of the policy: unknown keys are refused, no value is converted."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class SubjectSpec(Section):
@@ -147,7 +123,7 @@ class TriggerSpec(Section):
     @model_validator(mode="before")
     @classmethod
     def _gather(cls, value: Any) -> Any:
-        flat = dict(_spec(value))
+        flat = dict(with_kind(value))
         return {"name": flat.pop("name", flat["kind"]), "plugin": flat}
 
 
@@ -159,13 +135,13 @@ class Rule(Section):
         None, ge=0, description="for acc_drop, asr, lift, top_share, logit_difference"
     )
     at_least: float | None = Field(None, ge=0, description="for acc, ra, agreement")
-    settings: Annotated[str | tuple[str, ...], _selection(("all", "released"))] = Field(
+    settings: Annotated[str | tuple[str, ...], selection(("all", "released"))] = Field(
         "all", description="all, released, or a list of names and globs"
     )
     classes: Literal["all", "suspects"] = Field(
         "all", description="target classes that asr, lift and ra look at"
     )
-    triggers: Annotated[str | tuple[str, ...], _selection(("all",))] = Field(
+    triggers: Annotated[str | tuple[str, ...], selection(("all",))] = Field(
         "all", description="all, or a list of names"
     )
     reason: str = Field("", description="why this limit")
@@ -233,6 +209,9 @@ class Policy(Section):
     triggers: tuple[TriggerSpec, ...] = Field(min_length=1)
     rules: tuple[Rule, ...] = Field(min_length=1)
     costs: bool = Field(False, description="measure latency and memory of what ships, beside fp32 ONNX")
+    evidence: EvidenceSpec | None = Field(
+        None, description="search for a trigger that nobody named; null = only known triggers are tried"
+    )
 
     _source: Source = PrivateAttr(default=Source("policy", ""))
     _sha256: str = PrivateAttr(default="")

@@ -1,1 +1,56 @@
-"""Probes: search for a trigger on a compressed variant. None ships yet; every report says so."""
+"""Probes: search for a trigger that nobody has named, one family of perturbations each.
+
+A probe sees a differentiable twin (or only the file's logits) and the fit split; never the holdout, never a
+known trigger, and nothing that the purifier searched for.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import Field
+
+from secure_export.perturbations import Perturbation
+from secure_export.registry import Plugin
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+Logits = Callable[["Tensor"], "Tensor"]
+Free = list["Tensor"]
+"""The free variables of R perturbations, each [R, ...]; a search moves them, a warm one goes on from them."""
+
+
+class Probe(Plugin):
+    """A family of perturbations with a budget, and how long to search it."""
+
+    steps: int = Field(40, ge=1, description="optimization steps")
+    images: int = Field(6, ge=1, description="fit samples in each step, the same for every class and start")
+    starts: int = Field(1, ge=1, description="random starts for each class; the best on fit counts")
+    lr: float = Field(0.2, gt=0, description="learning rate of Adam on the free variables")
+    queries: int = Field(150, ge=1, description="proposals per class where the file gives no gradient")
+
+    @abstractmethod
+    def begin(self, shape: torch.Size, count: int, generator: Generator) -> Free:
+        """Free variables of `count` perturbations of inputs of `shape` (without the batch axis)."""
+
+    @abstractmethod
+    def perturbation(self, free: Sequence[Tensor], shape: torch.Size) -> Perturbation:
+        """The perturbations that `free` stands for: differentiable, and always within the budget."""
+
+    def proposed(self, free: Sequence[Tensor], share: float, generator: Generator) -> Free:
+        """`free` with a run of about `share` of each row drawn anew, for searches without a gradient."""
+        changed = [variable.clone() for variable in free]
+        for variable in changed:
+            for row in variable.flatten(1):
+                length = max(1, int(share * len(row)))
+                first = int(torch.randint(0, len(row) - length + 1, (), generator=generator))
+                row[first : first + length] += 2 * torch.randn(length, generator=generator)
+        return changed
+
+    @abstractmethod
+    def budget(self, shape: torch.Size) -> str:
+        """How large a perturbation may be, in words and in the units of these inputs."""

@@ -6,6 +6,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from secure_export.records import Report
+from secure_export.report import _evidence as searched
 from secure_export.report import _story as story
 from secure_export.report import _tables as tables
 from secure_export.report import costs, figures
@@ -27,6 +28,7 @@ def to_html(report: Report) -> str:
         tables=tables,
         story=story,
         costs=costs,
+        searched=searched,
         failed=failed,
         undecided=undecided,
         held=held,

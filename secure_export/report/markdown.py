@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from secure_export.records import Finding, Report
+from secure_export.report import _evidence as searched
 from secure_export.report import _story as story
 from secure_export.report import _tables as tables
 from secure_export.report import costs
@@ -122,6 +123,16 @@ def _evidence(report: Report) -> Iterator[str]:
     yield f"- Search for unknown triggers: {escape(evidence.trigger_search)}."
     for gap in evidence.not_shown:
         yield f"- Not shown: {escape(gap)}"
+    for gap in searched.gaps(report):
+        yield f"- Not searched: {escape(gap)}"
+    if rows := searched.search_rows(report):
+        yield ""
+        yield from _table(searched.HEADER, (row.cells for row in rows))
+    if readings := searched.rounding_rows(report):
+        yield ""
+        yield "Traces in the rounding of quantized weights:"
+        yield ""
+        yield from _table(searched.ROUNDING_HEADER, readings)
 
 
 def _files(report: Report) -> Iterator[str]:

@@ -1,0 +1,157 @@
+"""What is found of zoo models without their trigger: `python -m benchmarks.evidence MODEL...`.
+
+Every model (weights beside a card) goes through every setting; the file is searched for a trigger, and its
+true ASR with the trigger of the card is measured for comparison only. Which models set thresholds and which
+are held out stands in benchmarks/evidence_models.yaml, written before the first run.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from benchmarks import cards, datasets
+from benchmarks.purify_trials import HEAD, load, stratified
+from secure_export import digests, registry
+from secure_export.environment import versions
+from secure_export.errors import CompressError
+from secure_export.evidence import cold_searches, work_of
+from secure_export.evidence.rounding import reading
+from secure_export.lane import Bench, Lined, at_the_head, through_settings, unrounded
+from secure_export.ledger import Ledger
+from secure_export.policy import EvidenceSpec, Setting
+from secure_export.records import Rounding, Search, SettingResult, Split, Splits, silent
+from secure_export.triggers import Trigger
+
+SETTINGS = {
+    "fp32": (),
+    "int8": ({"kind": "ort-static-int8"},),
+    "int8-per-tensor": ({"kind": "ort-static-int8", "per_channel": False},),
+    "int8-stochastic": ({"kind": "stochastic-rounding", "seed": 20240611}, {"kind": "ort-static-int8"}),
+    "int8-flipped": ({"kind": "flipped-rounding"}, {"kind": "ort-static-int8"}),
+    "prune-mask-0.5": ({"kind": "prune-channel-mask", "ratio": 0.5},),
+}
+LIMITS = [{"metric": "inverted_lift", "at_most": 0.5}]
+
+
+def one(
+    path: Path, names: Sequence[str], spec: EvidenceSpec, data: datasets.Images, folder: Path, n: int
+) -> Any:
+    """Searches, rounding and truth of one model, by setting."""
+    card = cards.read(path.with_suffix(".json"))
+    kind = card["trigger"]
+    trigger = registry.build(Trigger, "triggers", kind) if kind else None
+    fit, _ = stratified(data.train_x, data.train_y, 500, 0)
+    x, y = data.test_x[:n], data.test_y[:n]
+    splits = Splits(fit, fit, Split(x, y, digests.of_arrays(x.numpy(), y.numpy())), ())
+    folder.mkdir(parents=True, exist_ok=True)
+    bench = Bench(
+        folder=folder,
+        ledger=Ledger(folder / "ledger", versions()),
+        splits=splits,
+        triggers={"true": trigger} if trigger else {},
+        trigger_digests={"true": digests.of_json(kind)},
+        seed=0,
+        progress=silent,
+    )
+    lined = at_the_head(load(path), HEAD, "original", digests.of_file(path), bench)
+    settings = [Setting(name, SETTINGS[name], {"kind": "onnx"}, False) for name in names]
+    rows = {}
+    for setting, result in zip(settings, through_settings(lined, settings, bench), strict=True):
+        searches = cold_searches([result], work_of(spec, len(card["classes"]), bench))
+        rows[setting.name] = row(card, result, searches, rounding(lined, setting, result, bench))
+        click.echo(f"{path.stem} {setting.name} {summary(rows[setting.name])}", err=True)
+    return {
+        "card": card["name"],
+        "attack": card["attack"],
+        "target_class": card["target_class"],
+        "rows": rows,
+    }
+
+
+def rounding(lined: Lined, setting: Setting, result: SettingResult, bench: Bench) -> Rounding | None:
+    """The traces in a quantized file; None for others, and where the weights lie too far apart."""
+    source = unrounded(lined, setting, bench)
+    if source is None or result.artifact is None:
+        return None
+    try:
+        return reading("original", setting.name, source, result.artifact.path, bench.splits.fit, seed=0)
+    except CompressError as error:
+        click.echo(error.message, err=True)
+        return None
+
+
+def row(card: Any, result: SettingResult, searches: Sequence[Search], traces: Rounding | None) -> Any:
+    """One (model, setting): the truth as counts, and what each probe found."""
+    measured, target = result.measurement, card["target_class"]
+    if measured is None:
+        return {"unmeasured": result.unmeasured.reason if result.unmeasured else ""}
+    truth: dict[str, Any] = {"acc": [measured.acc.hits, measured.acc.total]}
+    for counts in measured.triggers:
+        asr, lift = counts.asr[target], counts.lift[target]
+        truth |= {"asr": [asr.hits, asr.total], "lift": [lift.gained, lift.lost, lift.total]}
+    probes: dict[str, Any] = {}
+    for search in searches:
+        scored = [found for found in search.found if found.lift is not None]
+        best = max(scored, key=lambda found: found.lift.difference if found.lift else -1, default=None)
+        probes[search.probe] = {
+            "class": best.target_class if best else None,
+            "lift": best.lift.difference if best and best.lift else None,
+            "fit_lift": {found.target_class: round(found.fit.difference, 4) for found in search.found},
+            "seconds": search.seconds,
+            "forwards": search.forwards,
+            "unsearched": search.unsearched,
+        }
+    return {"truth": truth, "probes": probes, "rounding": asdict(traces) if traces else None}
+
+
+def summary(found: Any) -> str:
+    """One line."""
+    if "unmeasured" in found:
+        return f"unmeasured: {found['unmeasured']}"
+    parts = [f"true {found['truth'].get('asr')}"]
+    for probe, values in found["probes"].items():
+        lift = "none" if values["lift"] is None else f"{values['lift']:.3f} into {values['class']}"
+        parts.append(f"{probe} {lift} ({values['seconds']:.0f} s){values['unsearched']}")
+    if traces := found["rounding"]:
+        parts.append(f"ks {traces['ks']:.1f} edge {traces['edge']:.2f} z {traces['z']:.1f}")
+        parts.append(f"extrapolation {traces['top_shares']} {traces['target_class']}")
+    return "; ".join(parts)
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--cache", default="build/data", type=click.Path(path_type=Path))
+@click.option("--folder", default="build/evidence", type=click.Path(path_type=Path))
+@click.option("--out", default="benchmarks/results/evidence.json", type=click.Path(path_type=Path))
+@click.option("--settings", default="fp32,int8", show_default=True)
+@click.option("--preset", default="fast", show_default=True)
+@click.option("--samples", default=500, show_default=True, help="holdout samples that score a trigger")
+def main(
+    models: tuple[Path, ...], cache: Path, folder: Path, out: Path, settings: str, preset: str, samples: int
+) -> None:
+    """Search every model under every setting and add the rows to the results."""
+    torch.set_num_threads(1)
+    spec = EvidenceSpec.model_validate({"preset": preset, "samples": samples, "rules": tuple(LIMITS)})
+    data = datasets.cifar10(cache)
+    found = json.loads(out.read_text()) if out.is_file() else {"models": {}}
+    for path in models:
+        started = time.perf_counter()
+        names = settings.split(",")
+        rows = one(path, names, spec, data, folder / f"{path.parent.name}-{path.stem}", samples)
+        known = found["models"].setdefault(f"{path.parent.name}/{path.stem}", rows)
+        known["rows"] |= rows["rows"]
+        known["seconds"] = round(time.perf_counter() - started, 1)
+        found |= {"preset": preset, "samples": samples, "seed": 0, "versions": dict(versions())}
+        out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""A measured file, opened for searching: its logits, and a twin that gives gradients if there can be one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from secure_export import registry, twins
+from secure_export.errors import CompressError, NoVerdict
+from secure_export.records import Count, Predictor, SettingResult, Split
+from secure_export.runtimes import Runtime
+from secure_export.runtimes.torch_eager import program
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from secure_export.probes import Logits
+
+CHECKED = 100
+"""Fit samples on which a twin is compared with its file."""
+LEAST_AGREEMENT = 0.9
+MOST_EXCESS = 0.25
+"""A class predicted this much more often than it occurs: such a model has collapsed, and every search would
+find its way into that class."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a search may use of one file."""
+
+    result: SettingResult
+    sha256: str
+    predictor: Predictor
+    twin: Logits | None
+    agreement: Count | None
+    why_no_twin: str
+    collapsed: str
+    """In words, or ""."""
+
+
+def opened(result: SettingResult, fit: Split, options: Mapping[str, Any]) -> Opened | str:
+    """The file of a setting, or why there is nothing to search; `options` of its runtime."""
+    artifact = result.artifact
+    if artifact is None or result.measurement is None:
+        return result.unmeasured.reason if result.unmeasured else "no file was measured"
+    try:
+        predictor = registry.build(Runtime, "runtimes", {"kind": artifact.runtime, **options}).open(
+            artifact.path
+        )
+        predicted = predictor(fit.floats()).argmax(1)
+    except NoVerdict as error:
+        return error.message
+    inputs = fit.floats(slice(0, CHECKED))
+    agreement, why = None, ""
+    twin: Logits | None = None
+    try:
+        twin = normalized(twin_of(artifact.path, artifact.format), options)
+        _check_gradient(twin, inputs[:2])
+        with torch.no_grad():
+            same = int((twin(inputs).argmax(1) == predicted[:CHECKED]).sum())
+        agreement = Count(same, len(inputs))
+        if agreement.rate < LEAST_AGREEMENT:
+            why = f"the twin agrees with the file on {same} of {len(inputs)} fit samples"
+    except NoVerdict as error:
+        why = error.message
+    return Opened(
+        result=result,
+        sha256=artifact.sha256,
+        predictor=predictor,
+        twin=None if why else twin,
+        agreement=agreement,
+        why_no_twin=why,
+        collapsed=_collapsed(predicted, fit),
+    )
+
+
+def twin_of(path: Path, form: str) -> nn.Module:
+    """A differentiable module with the weights and the rounding of a written file.
+
+    Raises:
+        CompressError: there is none for this format, or for a part of this file.
+    """
+    if form == "onnx":
+        return twins.of_onnx(path)
+    if form == "pt2":
+        return program(path)
+    raise CompressError(f"no differentiable twin of {path.name}: none for {form} files")
+
+
+def normalized(twin: Logits, options: Mapping[str, Any]) -> Logits:
+    """The twin behind the normalization that a runtime does in the place of the file."""
+    if not options.get("mean"):
+        return twin
+    mean, std = (torch.tensor(options[name]) for name in ("mean", "std"))
+
+    def logits(inputs: torch.Tensor) -> torch.Tensor:
+        shape = (-1, *(1 for _ in inputs.shape[2:]))
+        return twin((inputs - mean.view(shape)) / std.view(shape))
+
+    return logits
+
+
+def _check_gradient(twin: Logits, inputs: torch.Tensor) -> None:
+    probed = inputs.clone().requires_grad_(True)
+    try:
+        (gradient,) = torch.autograd.grad(twin(probed).sum(), probed)
+    except (NotImplementedError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CompressError(f"the twin gives no gradient: {reason}") from error
+    if not bool(gradient.isfinite().all()):
+        raise CompressError("the twin gives a gradient that is not finite")
+
+
+def _collapsed(predicted: torch.Tensor, fit: Split) -> str:
+    classes = int(max(predicted.max(), fit.labels.max())) + 1
+    excess = predicted.bincount(minlength=classes) - fit.labels.bincount(minlength=classes)
+    worst = int(excess.argmax())
+    if int(excess[worst]) <= MOST_EXCESS * len(fit):
+        return ""
+    said = int((predicted == worst).sum())
+    return (
+        f"collapsed: class {worst} is predicted for {said} of {len(fit)} fit samples, neither safe nor a find"
+    )

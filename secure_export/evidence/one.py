@@ -1,0 +1,213 @@
+"""One probe on one file: searched, scored, and kept so that it can be tried on another file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from secure_export import digests
+from secure_export.errors import NoVerdict
+from secure_export.evidence.files import Opened
+from secure_export.evidence.pictures import picture
+from secure_export.evidence.search import Searched, counted, judged_on, queried, search
+from secure_export.probes import Free, Probe
+from secure_export.records import FoundTrigger, Paired, Search, SearchMode, SettingResult, Split
+
+if TYPE_CHECKING:
+    from secure_export.lane import Bench
+    from secure_export.policy import EvidenceSpec
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is the same for every search."""
+
+    spec: EvidenceSpec
+    probes: Mapping[str, Probe]
+    classes: int
+    bench: Bench
+    scored_on: Split
+
+
+@dataclass(frozen=True)
+class Known:
+    """A trigger that was found on an original file."""
+
+    origin: str
+    target_class: int
+    free: Free
+    lift: Paired
+    """On fit."""
+
+
+def best_known(searches: Sequence[Search], probe: Probe, work: Work) -> tuple[Known, ...]:
+    """The triggers of one probe that did best on fit, over every original file; each class once a file."""
+    known = []
+    for found in searches:
+        if found.lane == "original" and found.probe == probe.kind and not found.unsearched:
+            free = load_file(_path(work, found.triggers_sha256))
+            for row, trigger in enumerate(found.found):
+                own = [free[name][row] for name in sorted(free)]
+                known.append(Known(found.setting, trigger.target_class, own, trigger.fit))
+    known.sort(key=lambda trigger: trigger.lift.difference, reverse=True)
+    return tuple(known[: work.spec.replayed])
+
+
+def searched(
+    result: SettingResult,
+    file: Opened | str,
+    probe: Probe,
+    mode: SearchMode,
+    known: Sequence[Known],
+    work: Work,
+) -> Search:
+    """One probe on one file, from the ledger or anew."""
+    if mode == "warm":
+        probe = probe.model_copy(update={"steps": max(1, probe.steps // 2)})
+    file_or_why = _usable(file, mode, known)
+    if isinstance(file_or_why, str):
+        return _unsearched(result, probe, mode, file_or_why, work)
+    file = file_or_why
+    determined_by = (
+        file.sha256,
+        probe.kind,
+        probe.model_dump(),
+        mode,
+        [(one.origin, one.target_class, *[digests.of_arrays(v.numpy()) for v in one.free]) for one in known],
+        work.bench.splits.fit.sha256,
+        work.scored_on.sha256,
+        work.spec.model_dump(include={"samples", "scored", "seconds"}),
+        work.bench.seed,
+    )
+    stored = work.bench.ledger.find(Search, *determined_by)
+    if stored is not None and _path(work, stored.triggers_sha256).is_file():
+        return replace(stored, lane=result.lane, setting=result.setting)
+    try:
+        done = _anew(file, probe, mode, known, work)
+    except NoVerdict as error:
+        return _unsearched(result, probe, mode, error.message, work)
+    return replace(work.bench.ledger.enter(done, *determined_by), lane=result.lane, setting=result.setting)
+
+
+def _anew(file: Opened, probe: Probe, mode: SearchMode, known: Sequence[Known], work: Work) -> Search:
+    started = time.perf_counter()
+    raw = _run(file, probe, mode, known, work)
+    done = Search(
+        lane=file.result.lane,
+        setting=file.result.setting,
+        probe=probe.kind,
+        mode=mode,
+        budget=probe.budget(_shape(work)),
+        classes=tuple(dict.fromkeys(raw.classes)),
+        gradient=mode != "replay" and file.twin is not None,
+        agreement=file.agreement,
+        steps=raw.steps,
+        planned=0 if mode == "replay" else probe.queries if file.twin is None else probe.steps,
+        forwards=raw.forwards,
+        seconds=0.0,
+        triggers_sha256=_saved(raw.free, work),
+        found=_scored(raw, probe, file, known, work),
+    )
+    return replace(done, seconds=round(time.perf_counter() - started, 3))
+
+
+def _usable(file: Opened | str, mode: SearchMode, known: Sequence[Known]) -> Opened | str:
+    """The file, or why this search cannot be made."""
+    if isinstance(file, str):
+        return file
+    if file.collapsed:
+        return file.collapsed
+    if mode != "cold" and not known:
+        return "no original file could be searched, so there is no trigger to begin with"
+    return file
+
+
+def _run(file: Opened, probe: Probe, mode: SearchMode, known: Sequence[Known], work: Work) -> Searched:
+    """What the mode asks for; the seed is this search's own and no purifier's."""
+    fit, seed = work.bench.splits.fit, _seed(probe.kind, mode, work)
+    classes = tuple(one.target_class for one in known) or tuple(range(work.classes))
+    start = [torch.stack(list(rows)) for rows in zip(*(one.free for one in known), strict=True)] or None
+    if mode == "replay" and start is not None:
+        judged = judged_on(fit, torch.Generator().manual_seed(seed))
+        made = counted(file.predictor, judged, probe.perturbation(start, _shape(work)), classes)
+        return Searched(start, classes, tuple(lift for _, lift in made), 0, len(judged) * (len(classes) + 1))
+    run, logits = (queried, file.predictor) if file.twin is None else (search, file.twin)
+    return run(
+        logits,
+        fit,
+        probe,
+        classes,
+        seed=seed,
+        start=start,
+        seconds=work.spec.seconds,
+        progress=work.bench.progress,
+    )
+
+
+def _scored(
+    raw: Searched, probe: Probe, file: Opened, known: Sequence[Known], work: Work
+) -> tuple[FoundTrigger, ...]:
+    """Every trigger with its lift on fit; the best of them with counts on the holdout, by the file itself."""
+    order = sorted(range(len(raw.classes)), key=lambda i: raw.lift[i].difference, reverse=True)
+    chosen = order if known else order[: work.spec.scored]
+    rows = probe.perturbation([variable[chosen] for variable in raw.free], _shape(work))
+    made = dict(
+        zip(
+            chosen,
+            counted(file.predictor, work.scored_on, rows, [raw.classes[i] for i in chosen]),
+            strict=True,
+        )
+    )
+    found = []
+    for i, target_class in enumerate(raw.classes):
+        asr, lift = made.get(i, (None, None))
+        drawn = picture(rows, chosen.index(i), _shape(work)) if i == order[0] else ""
+        origin = known[i].origin if known else ""
+        found.append(FoundTrigger(target_class, raw.lift[i], asr, lift, origin, drawn))
+    return tuple(found)
+
+
+def _unsearched(result: SettingResult, probe: Probe, mode: SearchMode, why: str, work: Work) -> Search:
+    return Search(
+        lane=result.lane,
+        setting=result.setting,
+        probe=probe.kind,
+        mode=mode,
+        budget=probe.budget(_shape(work)),
+        classes=(),
+        gradient=False,
+        agreement=None,
+        steps=0,
+        planned=0 if mode == "replay" else probe.steps,
+        forwards=0,
+        seconds=0.0,
+        triggers_sha256="",
+        found=(),
+        unsearched=why,
+    )
+
+
+def _shape(work: Work) -> torch.Size:
+    return work.scored_on.inputs.shape[1:]
+
+
+def _seed(kind: str, mode: SearchMode, work: Work) -> int:
+    return int(digests.of_json(["probe", kind, mode, work.bench.seed])[:12], 16)
+
+
+def _path(work: Work, sha256: str) -> Path:
+    return work.bench.folder / f"search-{sha256[:16]}.safetensors"
+
+
+def _saved(free: Free, work: Work) -> str:
+    """Write the triggers beside the files they were found on; the digest that names them."""
+    sha256 = digests.of_arrays(*(variable.numpy() for variable in free))
+    tensors = {str(i): variable.contiguous() for i, variable in enumerate(free)}
+    save_file(tensors, _path(work, sha256))
+    return sha256

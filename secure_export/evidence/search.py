@@ -1,0 +1,197 @@
+"""The search itself: every class in one batch, on fit, with the gradient of a twin."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from secure_export.perturbations import Perturbation
+from secure_export.probes import Free, Logits, Probe
+from secure_export.records import Count, Paired, Progress, Split, silent
+
+MOST_ROWS = 512
+"""Perturbed samples in one batch; more classes than fit are searched one group after another."""
+JUDGED = 100
+"""Fit samples that say how well a trigger does before anything touches the holdout."""
+
+
+@dataclass(frozen=True)
+class Searched:
+    """One trigger per class, and how far the search came."""
+
+    free: Free
+    classes: tuple[int, ...]
+    lift: tuple[Paired, ...]
+    """Fit samples of other classes classified as the class with the trigger, against without."""
+    steps: int
+    forwards: int
+    """Samples that went through the network, a backward pass counting as one more."""
+
+
+def search(
+    logits: Logits,
+    fit: Split,
+    probe: Probe,
+    classes: Sequence[int],
+    *,
+    seed: int,
+    start: Free | None = None,
+    seconds: float | None = None,
+    progress: Progress = silent,
+) -> Searched:
+    """One universal trigger into each of `classes`, from noise or (warm) from `start`, one row per class.
+
+    Minimizes the cross-entropy to the class over fit samples of other classes (Neural Cleanse, eq. 3). It
+    stops after `probe.steps` or when `seconds` have passed; which of the two is in the result.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    group = max(1, MOST_ROWS // (probe.images * probe.starts))
+    deadline = None if seconds is None else time.monotonic() + seconds
+    parts: list[Searched] = []
+    for first in range(0, len(classes), group):
+        some = classes[first : first + group]
+        warm = None if start is None else [variable[first : first + group] for variable in start]
+        parts.append(_group(logits, fit, probe, some, generator, warm, deadline, progress))
+    return Searched(
+        free=[torch.cat(variables) for variables in zip(*(part.free for part in parts), strict=True)],
+        classes=tuple(classes),
+        lift=tuple(lift for part in parts for lift in part.lift),
+        steps=min(part.steps for part in parts),
+        forwards=sum(part.forwards for part in parts),
+    )
+
+
+def _group(
+    logits: Logits,
+    fit: Split,
+    probe: Probe,
+    classes: Sequence[int],
+    generator: torch.Generator,
+    warm: Free | None,
+    deadline: float | None,
+    progress: Progress,
+) -> Searched:
+    inputs, shape = fit.floats(), fit.inputs.shape[1:]
+    starts = 1 if warm is not None else probe.starts
+    targets = torch.tensor(classes).repeat_interleave(starts)
+    free = [v.clone() for v in warm] if warm is not None else probe.begin(shape, len(targets), generator)
+    for variable in free:
+        variable.requires_grad_(True)
+    optimizer = torch.optim.Adam(free, lr=probe.lr, betas=(0.5, 0.9))
+    which = torch.arange(len(targets)).repeat_interleave(probe.images)
+    done = forwards = 0
+    while done < probe.steps and (deadline is None or time.monotonic() < deadline):
+        index = torch.randint(0, len(inputs), (probe.images,), generator=generator)
+        # One batch of samples serves every class; a class's own samples do not count for it.
+        counts = (fit.labels[index].repeat(len(targets)) != targets[which]).float()
+        stamped = probe.perturbation(free, shape).stamp(
+            inputs[index].repeat(len(targets), *_ones(shape)), which
+        )
+        losses = F.cross_entropy(logits(stamped), targets[which], reduction="none")
+        gradients = torch.autograd.grad((losses * counts).sum() / probe.images, free)
+        for variable, gradient in zip(free, gradients, strict=True):
+            variable.grad = gradient
+        optimizer.step()
+        done, forwards = done + 1, forwards + 2 * len(stamped)
+        progress(f"search: {probe.kind}", done, probe.steps)
+    free = [variable.detach() for variable in free]
+    judged = judged_on(fit, generator)
+    lift = tuple(paired for _, paired in counted(logits, judged, probe.perturbation(free, shape), targets))
+    best = _best(lift, starts)
+    return Searched(
+        free=[variable[best] for variable in free],
+        classes=tuple(classes),
+        lift=tuple(lift[i] for i in best),
+        steps=done,
+        forwards=forwards + len(judged) * (len(targets) + 1),
+    )
+
+
+def _ones(shape: torch.Size) -> list[int]:
+    return [1] * len(shape)
+
+
+@torch.no_grad()
+def queried(
+    logits: Logits,
+    fit: Split,
+    probe: Probe,
+    classes: Sequence[int],
+    *,
+    seed: int,
+    start: Free | None = None,
+    seconds: float | None = None,
+    progress: Progress = silent,
+) -> Searched:
+    """As search(), by asking a file that gives no gradient: a proposal stays when its loss is lower.
+
+    One random change at a time, smaller ones towards the end (as the Square Attack, Andriushchenko et al.
+    2020), on the same fit samples throughout.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    targets, shape = torch.tensor(classes), fit.inputs.shape[1:]
+    index = torch.randperm(len(fit), generator=generator)[: 2 * probe.images]
+    asked = Split(fit.inputs[index], fit.labels[index], "")
+    free = [v.clone() for v in start] if start is not None else probe.begin(shape, len(classes), generator)
+    best = _losses(logits, asked, probe, free, targets)
+    deadline = None if seconds is None else time.monotonic() + seconds
+    done, forwards = 0, len(index) * len(classes)
+    while done < probe.queries and (deadline is None or time.monotonic() < deadline):
+        share = 0.5 * (1 - done / probe.queries) + 0.02
+        tried = probe.proposed(free, share, generator)
+        losses = _losses(logits, asked, probe, tried, targets)
+        better = losses < best
+        best = torch.where(better, losses, best)
+        for variable, candidate in zip(free, tried, strict=True):
+            variable[better] = candidate[better]
+        done, forwards = done + 1, forwards + len(index) * len(classes)
+        progress(f"query: {probe.kind}", done, probe.queries)
+    judged = judged_on(fit, generator)
+    lift = tuple(paired for _, paired in counted(logits, judged, probe.perturbation(free, shape), targets))
+    return Searched(free, tuple(classes), lift, done, forwards + len(judged) * (len(classes) + 1))
+
+
+def _losses(logits: Logits, asked: Split, probe: Probe, free: Free, targets: Tensor) -> Tensor:
+    """[R] mean cross-entropy to each row's class over the samples of other classes."""
+    inputs, shape = asked.floats(), asked.inputs.shape[1:]
+    found, losses = probe.perturbation(free, shape), []
+    for row, target in enumerate(targets.tolist()):
+        others = inputs[asked.labels != target]
+        stamped = found.stamp(others, torch.full((len(others),), row))
+        losses.append(F.cross_entropy(logits(stamped), torch.full((len(others),), target)))
+    return torch.stack(losses)
+
+
+def judged_on(fit: Split, generator: torch.Generator) -> Split:
+    """A few fit samples, drawn."""
+    index = torch.randperm(len(fit), generator=generator)[:JUDGED]
+    return Split(fit.inputs[index], fit.labels[index], "")
+
+
+def _best(lift: Sequence[Paired], starts: int) -> list[int]:
+    """Of each class's starts the one that carries most samples."""
+    groups = range(0, len(lift), starts)
+    return [max(range(first, first + starts), key=lambda i: lift[i].difference) for first in groups]
+
+
+@torch.no_grad()
+def counted(
+    logits: Logits, split: Split, found: Perturbation, targets: Sequence[int] | Tensor
+) -> list[tuple[Count, Paired]]:
+    """Per perturbation its ASR and its lift over the samples that are not of its class (DESIGN §5)."""
+    inputs = split.floats()
+    clean = torch.cat([logits(part).argmax(1) for part in torch.split(inputs, MOST_ROWS)])
+    counts = []
+    for number, target in enumerate(map(int, targets)):
+        others = split.labels != target
+        parts = torch.split(inputs[others], MOST_ROWS)
+        stamped = [logits(found.stamp(part, torch.full((len(part),), number))).argmax(1) for part in parts]
+        hit, before = torch.cat(stamped) == target, clean[others] == target
+        lift = Paired(int((hit & ~before).sum()), int((before & ~hit).sum()), len(hit))
+        counts.append((Count(int(hit.sum()), len(hit)), lift))
+    return counts

@@ -1,0 +1,87 @@
+"""Triggers that can be searched for: what stays of an input, what comes on top, where pixels come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FEWEST_POSITIONS = 4.0
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """R universal perturbations: clamp(keep · warp(x, flow) + add, 0, 1)."""
+
+    keep: Tensor
+    """[R, 1, ...]: share of the input that stays."""
+    add: Tensor
+    """[R, ...] in units of the [0, 1] input range."""
+    flow: Tensor | None = None
+    """[R, H, W, 2] in units of grid_sample (the side is 2), (column, row); None moves nothing."""
+
+    def __len__(self) -> int:
+        return len(self.add)
+
+    def stamp(self, inputs: Tensor, which: Tensor) -> Tensor:
+        """Inputs [N, ...] in [0, 1], each with perturbation number `which` [N]."""
+        moved = inputs if self.flow is None else warped(inputs, self.flow[which])
+        return (moved * self.keep[which] + self.add[which]).clamp(0, 1)
+
+
+def spatial(shape: torch.Size) -> torch.Size:
+    """The axes that positions lie on: all but the channels, or the only one there is."""
+    return shape[1:] if len(shape) > 1 else shape
+
+
+def untouched(count: int, shape: torch.Size) -> Tensor:
+    """`keep` of perturbations that cover nothing."""
+    return torch.ones(count, *(1,) * (len(shape) > 1), *spatial(shape))
+
+
+def patch(place: Tensor, value: Tensor, mass: float) -> Perturbation:
+    """Mask and pattern of `mass` positions, from logits [R, positions] and [R, ...].
+
+    As Neural Cleanse (Wang et al. 2019, eq. 2), the mask's mass bounded instead of penalized.
+    """
+    shape = value.shape[1:]
+    share = torch.softmax(place.flatten(1), 1) * max(mass, FEWEST_POSITIONS)
+    mask = share.clamp(max=1).view_as(untouched(len(value), shape))
+    return Perturbation(1 - mask, mask * torch.sigmoid(value))
+
+
+def in_ball(value: Tensor, radius: float) -> Perturbation:
+    """Additive, of Euclidean norm `radius`."""
+    length = value.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, *[1] * (value.ndim - 1))
+    return Perturbation(untouched(len(value), value.shape[1:]), value * radius / length)
+
+
+def in_box(value: Tensor, epsilon: float) -> Perturbation:
+    """Additive, each value within +-epsilon."""
+    return Perturbation(untouched(len(value), value.shape[1:]), epsilon * torch.tanh(value))
+
+
+def enlarged(coarse: Tensor, size: torch.Size) -> Tensor:
+    """[R, C, ...] at a coarse resolution, smoothly brought to `size` (one or two axes)."""
+    if len(size) == 1:
+        return F.interpolate(coarse, size=size, mode="linear", align_corners=True)
+    return F.interpolate(coarse, size=size, mode="bicubic", align_corners=True).clamp(
+        coarse.min().item(), coarse.max().item()
+    )
+
+
+def warped(inputs: Tensor, flow: Tensor) -> Tensor:
+    """Images [N, C, H, W] or signals [N, C, T], [N, T]; values come from where `flow` [N, H, W, 2] points."""
+    images = inputs
+    if inputs.ndim == 2:
+        images = inputs[:, None, None]
+    elif inputs.ndim == 3:
+        images = inputs[:, :, None]
+    height, width = images.shape[2:]
+    rows = torch.linspace(-1, 1, height) if height > 1 else torch.zeros(1)
+    columns = torch.linspace(-1, 1, width)
+    identity = torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1], dim=-1)
+    moved = F.grid_sample(images, identity + flow, padding_mode="border", align_corners=True)
+    return moved.view_as(inputs)

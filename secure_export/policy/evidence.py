@@ -1,0 +1,171 @@
+"""The policy's `evidence` section: which triggers are searched for, how hard, and limits on what is found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import Field, model_validator
+
+from secure_export.policy._base import PluginSpec, Section, selection
+
+Metric = Literal[
+    "inverted_asr",
+    "inverted_lift",
+    "inverted_p",
+    "replay_asr",
+    "replay_lift",
+    "warm_asr",
+    "warm_lift",
+    "rounding_ks",
+    "rounding_edge",
+    "rounding_z",
+]
+"""What a rule may read. Statistics that a purifier optimizes itself (margins, latent norms) are not here."""
+
+MODES: Mapping[str, str] = {"inverted": "cold", "replay": "replay", "warm": "warm"}
+
+PRESETS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
+    "fast": (
+        {"kind": "patch", "steps": 40, "images": 6},
+        {"kind": "l2", "steps": 30, "images": 6},
+        {"kind": "warp", "steps": 30, "images": 6},
+    ),
+    "thorough": (
+        {"kind": "patch", "steps": 120, "images": 12},
+        {"kind": "l2", "steps": 100, "images": 12},
+        {"kind": "linf", "steps": 100, "images": 12},
+        {"kind": "low-frequency", "steps": 100, "images": 12},
+        {"kind": "warp", "steps": 100, "images": 12},
+    ),
+}
+
+
+class Bound(Protocol):
+    """A setting, as far as a rule asks."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def released(self) -> bool: ...
+
+
+class EvidenceRule(Section):
+    """A limit on what a search found on the purified files."""
+
+    metric: Metric
+    at_most: float | None = Field(None, gt=0, description="for everything but inverted_p")
+    at_least: float | None = Field(None, gt=0, lt=1, description="for inverted_p")
+    probes: Annotated[str | tuple[str, ...], selection(("all",))] = Field(
+        "all", description="all, or a list of kinds"
+    )
+    settings: Annotated[str | tuple[str, ...], selection(("all", "released"))] = Field(
+        "all", description="all, released, or a list of names and globs"
+    )
+    reason: str = Field("", description="why this limit")
+
+    @model_validator(mode="after")
+    def _sensible(self) -> EvidenceRule:
+        if (self.metric == "inverted_p") != (self.at_least is not None) or self.limits != 1:
+            raise ValueError(
+                f"{self.metric} takes {'at_least' if self.metric == 'inverted_p' else 'at_most'}"
+            )
+        if self.mode is None:
+            if self.probes != "all":
+                raise ValueError(f"{self.metric} has no probes")
+        elif self.limit > 1:
+            raise ValueError(
+                f"{self.limit:g} is no rate: between 0 and 1, did you mean {self.limit / 100:g}?"
+            )
+        return self
+
+    @property
+    def limits(self) -> int:
+        """How many of the two are given."""
+        return (self.at_most is not None) + (self.at_least is not None)
+
+    @property
+    def limit(self) -> float:
+        """The one limit that is given."""
+        return next(limit for limit in (self.at_most, self.at_least) if limit is not None)
+
+    @property
+    def mode(self) -> str | None:
+        """The mode of the searches that this rule reads; None for traces in the rounding."""
+        return MODES.get(self.metric.split("_")[0])
+
+    @property
+    def reading(self) -> str:
+        """The field that this rule reads."""
+        return self.metric.split("_")[1]
+
+    def binds(self, setting: Bound) -> bool:
+        """Whether this rule looks at `setting`."""
+        if self.settings == "released":
+            return setting.released
+        return self.settings == "all" or any(fnmatchcase(setting.name, glob) for glob in self.settings)
+
+
+class EvidenceSpec(Section):
+    """The search for triggers that nobody named, on the original and on every purified file."""
+
+    preset: Literal["fast", "thorough"] | None = Field("fast", description="probes and their effort")
+    probes: tuple[PluginSpec, ...] = Field((), description="instead of the preset's; each kind once")
+    samples: int = Field(1000, ge=1, description="holdout samples on which a trigger is scored")
+    scored: int = Field(
+        3, ge=1, description="classes per search that are scored on the holdout: the best on fit"
+    )
+    replayed: int = Field(
+        2, ge=1, description="triggers of each probe, found on original files, replayed on every purified one"
+    )
+    warm: tuple[str, ...] = Field(
+        ("patch",), description="probes whose replayed triggers are searched on from"
+    )
+    rounding: bool = Field(True, description="look for traces in the rounding of quantized files")
+    references: tuple[str, ...] = Field(
+        (),
+        description="checkpoints of clean models of this architecture, searched alike: for inverted_p",
+    )
+    seconds: float | None = Field(
+        None, gt=0, description="limit of one search; a search that it cuts short decides nothing but a find"
+    )
+    rules: tuple[EvidenceRule, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _sensible(self) -> EvidenceSpec:
+        kinds = self.kinds
+        if not kinds:
+            raise ValueError("neither a preset nor probes: nothing would be searched")
+        if len(set(kinds)) != len(kinds):
+            raise ValueError(f"a probe is named twice: {', '.join(kinds)}")
+        named = {kind for rule in self.rules if isinstance(rule.probes, tuple) for kind in rule.probes}
+        if self.probes or "warm" in self.model_fields_set:
+            named |= set(self.warm)
+        unknown = sorted(named - set(kinds))
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)} is none of the probes ({', '.join(kinds)})")
+        if not any(rule.mode == "cold" for rule in self.rules):
+            raise ValueError(
+                "no rule on inverted_asr or inverted_lift: where nothing was purified, nothing would be asked"
+            )
+        for rule in self.rules:
+            least = 1 / (len(self.references) + 1)
+            if rule.at_least is not None and rule.at_least <= least:
+                raise ValueError(
+                    f"with {len(self.references)} references no p is below {least:.3g}, so inverted_p "
+                    f"of at least {rule.at_least:g} could never fail: give more references"
+                )
+        if not self.rounding and any(rule.mode is None for rule in self.rules):
+            raise ValueError("a rule on the rounding, but rounding is off")
+        return self
+
+    @property
+    def specs(self) -> tuple[Mapping[str, Any], ...]:
+        """The probes that run, as `{kind: name, **parameters}`."""
+        return self.probes or (PRESETS[self.preset] if self.preset else ())
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(str(probe["kind"]) for probe in self.specs)

@@ -1,0 +1,134 @@
+"""What the rules of the `evidence` section say of the searches that a report holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from secure_export.policy._readings import Reading, decide, message, severity
+from secure_export.policy.evidence import EvidenceRule, EvidenceSpec
+from secure_export.policy.schema import Policy, Setting
+from secure_export.records import Finding, Report, Search
+
+
+def evidence_findings(policy: Policy, report: Report) -> Iterator[Finding]:
+    """One finding per rule and setting of the purified lane: the worst trigger, or what was not searched.
+
+    A search that found nothing is no proof of a clean model, and no message says so: it names the budget.
+    """
+    if policy.evidence is None:
+        return
+    for setting in policy.expanded_settings():
+        for index, rule in enumerate(policy.evidence.rules):
+            if rule.binds(setting):
+                line = policy.source.line(("evidence", "rules", index))
+                yield replace(_finding(rule, policy.evidence, setting, policy, report), line=line)
+
+
+def _finding(
+    rule: EvidenceRule, spec: EvidenceSpec, setting: Setting, policy: Policy, report: Report
+) -> Finding:
+    if rule.mode in ("replay", "warm") and report.purification is None:
+        text = f"{rule.metric}: nothing was purified, so the search on this file stands for itself"
+        return Finding(rule.metric, setting.name, None, None, rule.limit, 0, True, text)
+    readings = list(_searched(rule, spec, setting, report) if rule.mode else _rounded(rule, setting, report))
+    alpha = (1 - policy.confidence) / max(1, len(readings))
+    decided = [_decided(reading, rule, alpha) for reading in readings]
+    worst = max(decided, key=lambda reading: severity(reading, rule))
+    text = message(worst, rule)
+    if worst.passed and rule.mode:
+        text += f"; no evidence found with {_effort(rule, spec, setting, report)}"
+    return Finding(
+        rule=rule.metric,
+        setting=setting.name,
+        observed=worst.observed,
+        bound=worst.bound,
+        limit=rule.limit,
+        n=worst.n,
+        passed=worst.passed,
+        message=text,
+        needed=worst.needed,
+    )
+
+
+def _decided(reading: Reading, rule: EvidenceRule, alpha: float) -> Reading:
+    if reading.value is None:
+        return reading
+    decided = decide(reading, rule, alpha)
+    if decided.passed and reading.why:  # cut short: only a find is final
+        return replace(decided, passed=None)
+    return decided
+
+
+def _kinds(rule: EvidenceRule, spec: EvidenceSpec) -> tuple[str, ...]:
+    kinds = tuple(rule.probes) if isinstance(rule.probes, tuple) else spec.kinds
+    return tuple(kind for kind in kinds if kind in spec.warm) if rule.mode == "warm" else kinds
+
+
+def _purified(rule: EvidenceRule, kind: str, setting: Setting, report: Report) -> list[Search]:
+    return [
+        search
+        for search in report.evidence.searches
+        if (search.lane, search.setting, search.probe, search.mode)
+        == ("purified", setting.name, kind, rule.mode)
+    ]
+
+
+def _searched(rule: EvidenceRule, spec: EvidenceSpec, setting: Setting, report: Report) -> Iterator[Reading]:
+    kinds = _kinds(rule, spec)
+    if not kinds:
+        yield Reading("", None, 0, why="no probe is searched this way")
+    for kind in kinds:
+        searches = _purified(rule, kind, setting, report)
+        if len(searches) != 1:
+            yield Reading(
+                f"probe {kind}", None, 0, why=f"{len(searches)} searches in the report, expected one"
+            )
+            continue
+        search = searches[0]
+        scored = [found for found in search.found if found.asr is not None and found.lift is not None]
+        if search.unsearched or not scored:
+            why = search.unsearched or "no trigger was scored"
+            yield Reading(f"probe {kind}", None, 0, why=f"not searched: {why}")
+        if rule.metric == "inverted_p":
+            why = "no references" if search.p is None else ""
+            yield Reading(f"probe {kind}", search.p, search.references, why=why)
+            continue
+        short = search.steps < search.planned
+        why = f"cut short after {search.steps} of {search.planned} steps, too little" if short else ""
+        for found in scored:
+            value = found.asr if rule.reading == "asr" else found.lift
+            where = f"probe {kind}, class {found.target_class}"
+            where += f", from {found.origin}" if found.origin else ""
+            yield Reading(where, value, value.total if value else 0, why=why)
+
+
+def _rounded(rule: EvidenceRule, setting: Setting, report: Report) -> Iterator[Reading]:
+    found = [
+        rounding
+        for rounding in report.evidence.roundings
+        if (rounding.lane, rounding.setting) == ("purified", setting.name)
+    ]
+    if len(found) != 1:
+        yield Reading("", None, 0, why=f"{len(found)} readings of the rounding in the report, expected one")
+        return
+    rounding = found[0]
+    if rounding.unsearched:
+        yield Reading("", None, 0, why=f"not searched: {rounding.unsearched}")
+        return
+    if not rounding.layers:
+        yield Reading("", None, 0, why="no weight of this file is an integer: give the rule its settings")
+        return
+    named = rounding.target_class
+    where = f"{rounding.layers} layers" + (f", towards class {named}" if named is not None else "")
+    yield Reading(where, float(getattr(rounding, rule.reading)), rounding.layers)
+
+
+def _effort(rule: EvidenceRule, spec: EvidenceSpec, setting: Setting, report: Report) -> str:
+    parts = []
+    for kind in _kinds(rule, spec):
+        for search in _purified(rule, kind, setting, report):
+            how = "gradients" if search.gradient else "queries"
+            steps = f"{search.steps} steps of {how}" if search.mode != "replay" else "replay"
+            parts.append(f"{kind} ({search.budget}; {steps}, {len(search.classes)} classes)")
+    return ", ".join(parts)

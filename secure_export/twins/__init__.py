@@ -1,0 +1,98 @@
+"""Differentiable twins: the graph of a written file in torch, with the file's own weights and rounding.
+
+A probe needs gradients and a deployed file gives none. The twin is read from the file's bytes, node by node,
+so it wakes where the file wakes; how far it agrees with the file is measured, never assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+import torch
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from torch import Tensor, nn
+
+from secure_export.errors import CompressError
+from secure_export.twins._operators import OPERATORS
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto, TensorProto
+
+    from secure_export.twins._operators import Values
+
+RUN_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+class Twin(nn.Module):
+    """An ONNX graph as a module: raw inputs [N, ...] to logits [N, classes], with gradients to the inputs.
+
+    Rounding passes gradients straight through inside its range (Bengio et al. 2013) and stops them outside.
+
+    Raises:
+        CompressError: an operator that has no twin, or several inputs.
+    """
+
+    def __init__(self, proto: ModelProto, file: str) -> None:
+        super().__init__()
+        graph = proto.graph
+        unknown = sorted({node.op_type for node in graph.node} - OPERATORS.keys())
+        if unknown:
+            raise CompressError(f"no differentiable twin of {file}: operator {', '.join(unknown)}")
+        self.constants: dict[str, Tensor] = {tensor.name: _constant(tensor) for tensor in graph.initializer}
+        given = [value.name for value in graph.input if value.name not in self.constants]
+        if len(given) != 1:
+            raise CompressError(f"no differentiable twin of {file}: {len(given)} inputs, expected one")
+        self.input, self.output, self.file = given[0], graph.output[0].name, file
+        self.nodes: list[NodeProto] = []
+        self.attributes: list[dict[str, object]] = []
+        for node in graph.node:
+            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            if all(name in self.constants for name in node.input if name):
+                self._run(node, attributes, self.constants)
+            else:
+                self.nodes.append(node)
+                self.attributes.append(attributes)
+
+    def forward(self, inputs: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Logits [N, classes]; `weights` stand in for constants of the same name."""
+        values = {**self.constants, **(weights or {}), self.input: inputs}
+        for node, attributes in zip(self.nodes, self.attributes, strict=True):
+            self._run(node, attributes, values)
+        return values[self.output]
+
+    def _run(self, node: NodeProto, attributes: dict[str, object], values: dict[str, Tensor]) -> None:
+        operands: Values = [values[name] if name else None for name in node.input]
+        try:
+            made = OPERATORS[node.op_type](operands, attributes)
+        except RUN_ERRORS as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise CompressError(f"no differentiable twin of {self.file}: {node.op_type}: {reason}") from error
+        outputs = made if isinstance(made, tuple) else (made,)
+        values.update(zip(node.output, outputs, strict=False))
+
+
+def _constant(tensor: TensorProto) -> Tensor:
+    """Half precision as float32 and four bits as eight, for the twin computes in float32."""
+    array = onnx.numpy_helper.to_array(tensor)
+    if tensor.data_type == onnx.TensorProto.FLOAT16:
+        array = array.astype(np.float32)
+    elif tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
+        array = array.astype(np.int8)
+    return torch.from_numpy(array.copy())
+
+
+def of_onnx(path: Path) -> Twin:
+    """The twin of an ONNX file.
+
+    Raises:
+        CompressError: no readable ONNX, or a graph that has no twin.
+    """
+    try:
+        proto = onnx.load_from_string(path.read_bytes())
+    except (OSError, DecodeError) as error:
+        raise CompressError(f"{path.name} is no valid ONNX file: {error}") from error
+    return Twin(proto, path.name).eval()

@@ -1,0 +1,255 @@
+"""ONNX operators as differentiable torch functions of (operands, attributes)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Values = list[Any]
+"""Operands; an optional one that is absent is None."""
+Attributes = dict[str, Any]
+Operator = Callable[[Values, Attributes], Any]
+
+RANGES = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
+CASTS = {1: torch.float32, 6: torch.int32, 7: torch.int64, 9: torch.bool, 10: torch.float16}
+
+
+def _pads(operands: Values, attributes: Attributes, spatial: int, value: float = 0.0) -> tuple[Tensor, Any]:
+    """The data and symmetric padding; uneven padding is done beforehand."""
+    if attributes.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID", ""):
+        raise ValueError("automatic padding")
+    pads = list(attributes.get("pads", [0] * 2 * spatial))
+    before, after = pads[:spatial], pads[spatial:]
+    if before == after:
+        return operands[0], before
+    order = [side for pair in zip(before[::-1], after[::-1], strict=True) for side in pair]
+    return F.pad(operands[0], order, value=value), [0] * spatial
+
+
+def _conv(operands: Values, attributes: Attributes) -> Tensor:
+    weight = operands[1]
+    spatial = weight.ndim - 2
+    data, padding = _pads(operands, attributes, spatial)
+    bias = operands[2] if len(operands) > 2 else None
+    run: Any = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
+    made: Tensor = run(
+        data,
+        weight,
+        bias,
+        attributes.get("strides", [1] * spatial),
+        padding,
+        attributes.get("dilations", [1] * spatial),
+        attributes.get("group", 1),
+    )
+    return made
+
+
+def _gemm(operands: Values, attributes: Attributes) -> Tensor:
+    left = operands[0].T if attributes.get("transA") else operands[0]
+    right = operands[1].T if attributes.get("transB") else operands[1]
+    made: Tensor = attributes.get("alpha", 1.0) * (left @ right)
+    if len(operands) > 2 and operands[2] is not None:
+        made = made + attributes.get("beta", 1.0) * operands[2]
+    return made
+
+
+def _pool(kind: str) -> Operator:
+    def run(operands: Values, attributes: Attributes) -> Tensor:
+        size = attributes["kernel_shape"]
+        fill = -math.inf if kind == "max" else 0.0
+        data, padding = _pads(operands, attributes, len(size), fill)
+        strides = attributes.get("strides", [1] * len(size))
+        ceil = bool(attributes.get("ceil_mode", 0))
+        if kind == "max":
+            pool: Any = (F.max_pool1d, F.max_pool2d)[len(size) - 1]
+            made: Tensor = pool(data, size, strides, padding, attributes.get("dilations", 1), ceil)
+            return made
+        pool = (F.avg_pool1d, F.avg_pool2d)[len(size) - 1]
+        made = pool(data, size, strides, padding, ceil, bool(attributes.get("count_include_pad", 0)))
+        return made
+
+    return run
+
+
+def _axes(operands: Values, attributes: Attributes) -> list[int] | None:
+    if len(operands) > 1 and operands[1] is not None:
+        return [int(axis) for axis in operands[1].reshape(-1)]
+    axes = attributes.get("axes")
+    return None if axes is None else list(axes)
+
+
+def _reduce_mean(operands: Values, attributes: Attributes) -> Tensor:
+    axes = _axes(operands, attributes) or list(range(operands[0].ndim))
+    made: Tensor = operands[0].mean(axes, keepdim=bool(attributes.get("keepdims", 1)))
+    return made
+
+
+def _squeeze(operands: Values, attributes: Attributes) -> Tensor:
+    axes = _axes(operands, attributes)
+    made: Tensor = operands[0].squeeze() if axes is None else operands[0].squeeze(axes)
+    return made
+
+
+def _unsqueeze(operands: Values, attributes: Attributes) -> Tensor:
+    made: Tensor = operands[0]
+    for axis in sorted(_axes(operands, attributes) or []):
+        made = made.unsqueeze(axis)
+    return made
+
+
+def _reshape(operands: Values, attributes: Attributes) -> Tensor:
+    shape = [int(side) for side in operands[1]]
+    if not attributes.get("allowzero"):
+        shape = [operands[0].shape[i] if side == 0 else side for i, side in enumerate(shape)]
+    made: Tensor = operands[0].reshape(shape)
+    return made
+
+
+def _clip(operands: Values, attributes: Attributes) -> Tensor:
+    low = operands[1] if len(operands) > 1 else attributes.get("min")
+    high = operands[2] if len(operands) > 2 else attributes.get("max")
+    made: Tensor = operands[0].clamp(
+        None if low is None else float(low), None if high is None else float(high)
+    )
+    return made
+
+
+def _batch_norm(operands: Values, attributes: Attributes) -> Tensor:
+    data, weight, bias, mean, var = operands[:5]
+    return F.batch_norm(data, mean, var, weight, bias, False, 0.0, attributes.get("epsilon", 1e-5))
+
+
+def _layer_norm(operands: Values, attributes: Attributes) -> Tensor:
+    data = operands[0]
+    shape = data.shape[attributes.get("axis", -1) :]
+    bias = operands[2] if len(operands) > 2 else None
+    return F.layer_norm(data, shape, operands[1], bias, attributes.get("epsilon", 1e-5))
+
+
+def _along(parameter: Tensor, data: Tensor, axis: int) -> Tensor:
+    """A scale or zero point per channel, broadcastable to `data`."""
+    if parameter.ndim == 0 or parameter.numel() == 1:
+        return parameter.reshape(())
+    shape = [1] * data.ndim
+    shape[axis] = -1
+    return parameter.reshape(shape)
+
+
+def _straight(exact: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded` in value, `exact` in gradient."""
+    return exact + (rounded - exact).detach()
+
+
+def _quantize(operands: Values, attributes: Attributes) -> Tensor:
+    """Codes as floats, so that a gradient can pass."""
+    data, axis = operands[0], attributes.get("axis", 1)
+    zero = (
+        operands[2] if len(operands) > 2 and operands[2] is not None else torch.tensor(0, dtype=torch.uint8)
+    )
+    low, high = RANGES[zero.dtype]
+    scaled = data / _along(operands[1], data, axis)
+    return (_straight(scaled, scaled.round()) + _along(zero, data, axis).float()).clamp(low, high)
+
+
+def _dequantize(operands: Values, attributes: Attributes) -> Tensor:
+    data: Tensor = operands[0].float()
+    axis, block = attributes.get("axis", 1), attributes.get("block_size", 0)
+    if block:  # one scale for every `block` values along the axis
+        scale, *zero = (
+            part.repeat_interleave(block, axis).narrow(axis, 0, data.shape[axis]) for part in operands[1:]
+        )
+        return (data - zero[0].float() if zero else data) * scale
+    if len(operands) > 2 and operands[2] is not None:
+        data = data - _along(operands[2], data, axis).float()
+    return data * _along(operands[1], data, axis)
+
+
+def _dynamic_quantize(operands: Values, _: Attributes) -> tuple[Tensor, Tensor, Tensor]:
+    data = operands[0]
+    low, high = data.detach().min().clamp(max=0), data.detach().max().clamp(min=0)
+    scale = ((high - low) / 255).clamp(min=1e-12)
+    zero = (-low / scale).round().clamp(0, 255)
+    scaled = data / scale
+    return (_straight(scaled, scaled.round()) + zero).clamp(0, 255), scale, zero
+
+
+def _centred(operands: Values) -> tuple[Tensor, Tensor]:
+    """Data and weight of an integer operator, zero points taken off."""
+    data, weight = operands[0].float(), operands[1].float()
+    if len(operands) > 2 and operands[2] is not None:
+        data = data - operands[2].float()
+    if len(operands) > 3 and operands[3] is not None:
+        weight = weight - operands[3].float()
+    return data, weight
+
+
+def _conv_integer(operands: Values, attributes: Attributes) -> Tensor:
+    data, weight = _centred(operands)
+    return _conv([data, weight], attributes)
+
+
+def _matmul_integer(operands: Values, _: Attributes) -> Tensor:
+    data, weight = _centred(operands)
+    return data @ weight
+
+
+def _cast(operands: Values, attributes: Attributes) -> Tensor:
+    # Codes of integer operators travel as floats here, so a cast among numbers is left out.
+    kind = CASTS[attributes["to"]]
+    data: Tensor = operands[0]
+    return data if data.is_floating_point() and kind is not torch.bool else data.to(kind)
+
+
+def _simple(run: Callable[..., Tensor]) -> Operator:
+    return lambda operands, _: run(*operands)
+
+
+OPERATORS: dict[str, Operator] = {
+    "Add": _simple(torch.add),
+    "AveragePool": _pool("average"),
+    "BatchNormalization": _batch_norm,
+    "Cast": _cast,
+    "Clip": _clip,
+    "Concat": lambda operands, a: torch.cat(operands, a["axis"]),
+    "Conv": _conv,
+    "ConvInteger": _conv_integer,
+    "DequantizeLinear": _dequantize,
+    "Div": _simple(torch.div),
+    "Dropout": lambda operands, _: operands[0],
+    "DynamicQuantizeLinear": _dynamic_quantize,
+    "Erf": _simple(torch.erf),
+    "Exp": _simple(torch.exp),
+    "Flatten": lambda operands, a: operands[0].flatten(a.get("axis", 1)),
+    "Gelu": lambda operands, a: F.gelu(operands[0], approximate=a.get("approximate", b"none").decode()),
+    "Gemm": _gemm,
+    "GlobalAveragePool": lambda operands, _: operands[0].mean(list(range(2, operands[0].ndim)), keepdim=True),
+    "HardSigmoid": lambda operands, a: (operands[0] * a.get("alpha", 0.2) + a.get("beta", 0.5)).clamp(0, 1),
+    "HardSwish": _simple(F.hardswish),
+    "Identity": lambda operands, _: operands[0],
+    "LayerNormalization": _layer_norm,
+    "LeakyRelu": lambda operands, a: F.leaky_relu(operands[0], a.get("alpha", 0.01)),
+    "MatMul": _simple(torch.matmul),
+    "MatMulInteger": _matmul_integer,
+    "MaxPool": _pool("max"),
+    "Mul": _simple(torch.mul),
+    "Neg": _simple(torch.neg),
+    "Pow": _simple(torch.pow),
+    "QuantizeLinear": _quantize,
+    "ReduceMean": _reduce_mean,
+    "Relu": _simple(torch.relu),
+    "Reshape": _reshape,
+    "Sigmoid": _simple(torch.sigmoid),
+    "Softmax": lambda operands, a: operands[0].softmax(a.get("axis", -1)),
+    "Sqrt": _simple(torch.sqrt),
+    "Squeeze": _squeeze,
+    "Sub": _simple(torch.sub),
+    "Tanh": _simple(torch.tanh),
+    "Transpose": lambda operands, a: operands[0].permute(a["perm"]),
+    "Unsqueeze": _unsqueeze,
+}
+"""By ONNX name."""

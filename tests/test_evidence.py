@@ -1,0 +1,117 @@
+"""Toys whose backdoors are known by construction are found without their trigger, where they wake."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from secure_export import lane
+from secure_export.purifiers.fine_tune import FineTune
+from secure_export.records import Purified, Report, Search, Split
+from tests import toys
+from tests.conftest import FP32, INT8, PRUNED
+
+RunToy = Callable[..., Report]
+
+PATCH = {"kind": "patch", "area": 0.0625, "steps": 60, "images": 8}
+EVIDENCE = {
+    "preset": None,
+    "probes": [PATCH],
+    "samples": 300,
+    "rounding": False,
+    "rules": [
+        {"metric": "inverted_lift", "at_most": 0.5},
+        {"metric": "replay_lift", "at_most": 0.2},
+        {"metric": "warm_lift", "at_most": 0.4},
+    ],
+}
+
+
+def failed(report: Report, rule: str) -> set[str]:
+    return {f.setting for f in report.verdict.findings if f.passed is False and f.rule == rule}
+
+
+def cold(report: Report, lane: str, setting: str) -> Search:
+    (found,) = [s for s in report.evidence.searches if (s.lane, s.setting, s.mode) == (lane, setting, "cold")]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "awake_in"),
+    [
+        (toys.clean, [FP32, INT8], set()),
+        (toys.awake, [FP32, INT8], {"fp32", "int8"}),
+        (toys.awake_in_int8, [FP32, INT8], {"int8"}),
+        (toys.awake_when_pruned, [FP32, PRUNED], {"pruned"}),
+    ],
+)
+def test_backdoor_is_found_without_its_trigger_where_it_wakes(
+    model: Callable[[], Any], settings: list[dict[str, Any]], awake_in: set[str], run_toy: RunToy
+) -> None:
+    report = run_toy(model(), settings=settings, release=["fp32"], evidence=EVIDENCE)
+    assert failed(report, "inverted_lift") == awake_in
+    for name in awake_in:
+        best = max(cold(report, "purified", name).found, key=lambda t: t.lift.difference if t.lift else -1)
+        assert best.target_class == toys.TARGET
+        assert best.lift is not None
+        assert best.lift.difference > 0.9
+        assert best.picture
+
+
+def half_purified(self: object, model: Any, head: str, target_class: int, fit: Split, **_: Any) -> Purified:
+    """The backdoor halved: it still outweighs what a class brings."""
+    with torch.no_grad():
+        model.head.weight[toys.TARGET, toys.GUARD] = 12.0
+    return Purified(model.eval(), ())
+
+
+def test_under_purified_model_is_refused_by_replay(run_toy: RunToy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FineTune, "purify", half_purified)
+    report = run_toy(
+        toys.awake(), settings=[FP32], release=["fp32"], purify={"kind": "fine-tune"}, evidence=EVIDENCE
+    )
+    assert failed(report, "replay_lift") == {"fp32"}
+    (replayed,) = [s for s in report.evidence.searches if s.mode == "replay"]
+    assert replayed.found[0].origin == "fp32"
+    assert replayed.found[0].target_class == toys.TARGET
+
+
+def test_search_never_reads_the_holdout(
+    run_toy: RunToy, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """Another holdout changes what a trigger scores, never the trigger."""
+    first = cold(
+        run_toy(toys.awake(), settings=[FP32], release=["fp32"], evidence=EVIDENCE), "original", "fp32"
+    )
+    from secure_export import evidence
+
+    real = evidence.gather
+
+    def elsewhere(policy: Any, lanes: Any, classes: int, bench: lane.Bench) -> Any:
+        holdout = bench.splits.holdout
+        other = Split(torch.zeros_like(holdout.inputs), holdout.labels.flip(0), "other")
+        return real(policy, lanes, classes, replace(bench, splits=replace(bench.splits, holdout=other)))
+
+    monkeypatch.setattr(evidence, "gather", elsewhere)
+    second = cold(
+        run_toy(toys.awake(), settings=[FP32], release=["fp32"], evidence=EVIDENCE), "original", "fp32"
+    )
+    assert second.triggers_sha256 == first.triggers_sha256
+    assert [t.fit for t in second.found] == [t.fit for t in first.found]
+    assert [t.asr for t in second.found] != [t.asr for t in first.found]
+
+
+def test_search_cut_short_decides_nothing_and_is_reported(run_toy: RunToy, tmp_path: Any) -> None:
+    short = EVIDENCE | {"seconds": 1e-6, "rules": EVIDENCE["rules"][:1]}
+    report = run_toy(toys.clean(), settings=[FP32], release=["fp32"], evidence=short)
+    (finding,) = [f for f in report.verdict.findings if f.rule == "inverted_lift"]
+    assert finding.passed is None
+    assert "cut short" in finding.message
+    assert report.verdict.outcome == "no_verdict"
+    folder = tmp_path / "run"
+    assert "0 of 60 steps, gradients, 4 classes" in (folder / "report.md").read_text()
+    assert "data:image/png;base64," in (folder / "report.html").read_text()

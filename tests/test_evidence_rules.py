@@ -1,0 +1,159 @@
+"""Rules on searches: what was not searched cannot pass, and what a purifier optimizes is no evidence."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from secure_export.errors import PolicyError
+from secure_export.policy import judge
+from secure_export.policy.evidence import MODES, PRESETS, Metric
+from secure_export.records import Count, Finding, FoundTrigger, Paired, Report, Rounding, Search
+from secure_export.report.schema import dump_report, parse_report
+from secure_export.statistics import conformal_p
+from tests.judging import make_policy, make_report
+
+N = 1000
+
+
+def search(mode: str, hits: int, setting: str = "fp32", **changes: Any) -> Search:
+    found = FoundTrigger(1, Paired(hits, 0, N), Count(hits, N), Paired(hits, 0, N))
+    plain = Search(
+        "purified", setting, "patch", mode, "mask of 12 positions", (0, 1, 2), True, Count(99, 100),
+        40, 40, 5000, 1.0, "", (found,),
+    )  # fmt: skip
+    return replace(plain, **changes)
+
+
+def rounding(z: float, **changes: Any) -> Rounding:
+    return replace(
+        Rounding("purified", "int8", 20, 1.0, 1.0, z, 0.5, 19, (0.1, 0.1, 0.1, 0.1), None, 1.0), **changes
+    )
+
+
+def findings(rule: dict[str, Any], *records: Any, **changes: Any) -> list[Finding]:
+    """What the judge says of one evidence rule beside a rule on inverted_lift that binds nothing else."""
+    rules = [rule] if str(rule["metric"]).startswith("inverted") else [rule, ANY]
+    section = {"preset": None, "probes": [{"kind": "patch"}], "rules": rules} | changes
+    policy = make_policy(evidence=section)
+    report = make_report()
+    searches = tuple(record for record in records if isinstance(record, Search))
+    traces = tuple(record for record in records if isinstance(record, Rounding))
+    report = replace(report, evidence=replace(report.evidence, searches=searches, roundings=traces))
+    return [f for f in judge(policy, report).findings if f.rule == rule["metric"]]
+
+
+ANY = {"metric": "inverted_lift", "at_most": 0.9, "settings": ["fp32"]}
+LIFT = {"metric": "inverted_lift", "at_most": 0.3, "settings": ["fp32"]}
+
+
+@pytest.mark.parametrize(
+    ("records", "passed", "message"),
+    [
+        ([search("cold", 100)], True, "no evidence found with patch (mask of 12 positions; 40 steps"),
+        ([search("cold", 400)], False, "probe patch, class 1"),
+        ([search("cold", 295)], None, "too few samples"),
+        ([], None, "0 searches in the report, expected one"),
+        ([search("cold", 100), search("cold", 100)], None, "2 searches in the report"),
+        ([search("cold", 100, lane="original")], None, "0 searches"),
+        ([search("replay", 100)], None, "0 searches"),
+        ([search("cold", 100, unsearched="collapsed: all into one")], None, "collapsed: all into one"),
+        ([search("cold", 100, steps=10)], None, "cut short after 10 of 40 steps"),
+        ([search("cold", 400, steps=10)], False, "breaks at most 0.3"),
+        ([search("cold", 100, found=())], None, "no trigger was scored"),
+    ],
+)
+def test_what_was_not_searched_cannot_pass(records: list[Search], passed: bool | None, message: str) -> None:
+    (finding,) = findings(LIFT, *records)
+    assert finding.passed is passed
+    assert message in finding.message
+    assert "clean" not in finding.message
+
+
+def test_each_mode_is_read_by_its_own_rule() -> None:
+    for metric, mode in (("replay_lift", "replay"), ("warm_asr", "warm"), ("inverted_asr", "cold")):
+        others = [search(other, 900) for other in MODES.values() if other != mode]
+        rule = {"metric": metric, "at_most": 0.3, "settings": ["fp32"]}
+        (finding,) = findings(rule, search(mode, 10), *others)
+        assert finding.passed is True, metric
+
+
+def test_rounding_is_limited_and_missing_rounding_is_undecided() -> None:
+    rule = {"metric": "rounding_z", "at_most": 6.0, "settings": ["int8"]}
+    assert findings(rule, rounding(3.0))[0].passed is True
+    assert findings(rule, rounding(60.0))[0].passed is False
+    assert findings(rule, rounding(float("nan")))[0].passed is False
+    assert findings(rule, rounding(3.0, unsearched="no float file"))[0].passed is None
+    assert findings(rule, rounding(0.0, layers=0))[0].passed is None
+    assert findings(rule)[0].passed is None
+
+
+def test_p_against_clean_references() -> None:
+    rule = {"metric": "inverted_p", "at_least": 0.3, "settings": ["fp32"]}
+    references = {"references": ["a.safetensors", "b.safetensors", "c.safetensors"]}
+    assert findings(rule, search("cold", 10, p=0.5, references=3), **references)[0].passed is True
+    assert findings(rule, search("cold", 10, p=0.25, references=3), **references)[0].passed is False
+    assert findings(rule, search("cold", 10), **references)[0].passed is None
+    with pytest.raises(PolicyError, match="could never fail"):
+        findings(rule, search("cold", 10))
+
+
+PURIFIED = ("margin", "latent", "norm", "shift", "logit", "score")
+
+
+def test_no_rule_can_read_what_a_purifier_optimizes() -> None:
+    """LMR drives margins and latent norms of the class it repels, so after it they say what it wants."""
+    read = {metric.split("_", 1)[1] for metric in get_args(Metric)}
+    assert read == {"asr", "lift", "p", "ks", "edge", "z"}
+    carried = {f.name for record in (Search, FoundTrigger, Rounding) for f in fields(record)}
+    assert not [name for name in carried if any(word in name for word in PURIFIED)]
+    for name in ("latent_norm", "clean_margin", "margin_asr", "suspect_score"):
+        with pytest.raises(PolicyError, match="metric"):
+            make_policy(evidence={"rules": [{"metric": name, "at_most": 0.5}]})
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"rules": [{"metric": "replay_lift", "at_most": 0.2}]}, "nothing would be asked"),
+        ({"rules": [LIFT], "preset": None}, "nothing would be searched"),
+        ({"rules": [LIFT | {"probes": ["linf"]}]}, "linf is none of the probes"),
+        ({"rules": [LIFT | {"at_most": 30.0}]}, "did you mean 0.3"),
+        ({"rules": [LIFT | {"settings": ["nowhere"]}]}, "matches no setting"),
+        ({"rules": [LIFT], "probes": [{"kind": "patch"}, {"kind": "patch"}]}, "named twice"),
+        ({"rules": [LIFT, {"metric": "rounding_z", "at_most": 5}], "rounding": False}, "rounding is off"),
+        ({"rules": [LIFT | {"at_least": 0.5}]}, "takes at_most"),
+    ],
+)
+def test_evidence_section_that_could_not_decide_is_refused(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        make_policy(evidence=section)
+
+
+def test_presets_name_three_families_at_least() -> None:
+    for preset, probes in PRESETS.items():
+        assert len({probe["kind"] for probe in probes}) >= 3, preset
+
+
+def test_searches_survive_the_report_file() -> None:
+    report = make_report()
+    evidence = replace(report.evidence, searches=(search("cold", 3),), roundings=(rounding(1.0),))
+    full: Report = replace(report, evidence=evidence)
+    assert parse_report(dump_report(full)) == full
+
+
+@given(st.integers(0, 10_000), st.integers(3, 12))
+def test_conformal_p_raises_false_alarms_no_more_often_than_it_says(seed: int, n: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows = (rng.normal(size=(n, 4)) + np.arange(4)).tolist()
+    ps = [conformal_p([*rows[:i], *rows[i + 1 :], rows[i]])[0] for i in range(n)]
+    for alpha in (1 / n, 0.25, 0.5):
+        assert sum(p <= alpha for p in ps) <= alpha * n + 1e-9
+    p, named = conformal_p([*rows, [0, 1, 50, 3]])
+    assert p == pytest.approx(1 / (n + 1))
+    assert named == 2

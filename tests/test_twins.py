@@ -1,0 +1,70 @@
+"""A twin computes what its file computes, and gives gradients; what it cannot read it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from secure_export import registry, twins
+from secure_export.compressors import Compressor, FileStep
+from secure_export.errors import CompressError
+from secure_export.formats.onnx import Onnx
+from secure_export.runtimes.onnxruntime import Onnxruntime
+from tests import compression
+
+
+@pytest.mark.parametrize("kind", ["", "ort-static-int8", "ort-dynamic-int8"])
+def test_twin_agrees_with_its_file(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(compression.exported())
+    if kind:
+        step = registry.build(Compressor, "compressors", {"kind": kind})
+        assert isinstance(step, FileStep)
+        path, _ = compression.quantized(step, tmp_path)
+    inputs = compression.images(32)
+    expected = Onnxruntime(optimization="disabled").open(path)(inputs)
+    twin = twins.of_onnx(path)
+    probed = inputs.clone().requires_grad_(True)
+    logits = twin(probed)
+    assert (logits - expected).abs().max() < 0.02 * expected.abs().max()
+    (gradient,) = torch.autograd.grad(logits[:, 0].sum(), probed)
+    assert gradient.abs().sum() > 0
+
+
+class Signal(nn.Module):
+    """A 1-D network with pooling, uneven padding and normalization over features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv1d(2, 6, 4, 2), nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = nn.functional.hardswish(self.conv(nn.functional.pad(inputs, (1, 2))))
+        hidden = nn.functional.max_pool1d(hidden, 2).mean(2)
+        return self.head(nn.functional.gelu(self.norm(hidden)))
+
+
+def test_twin_of_a_signal_network(tmp_path: Path) -> None:
+    path, inputs = tmp_path / "signal.onnx", torch.rand(4, 2, 40)
+    model = Signal().eval()
+    Onnx().write(model, inputs, path)
+    assert torch.allclose(twins.of_onnx(path)(inputs), model(inputs), atol=1e-5)
+
+
+def test_operator_without_a_twin_is_named(tmp_path: Path) -> None:
+    node = onnx.helper.make_node("Einsum", ["input"], ["logits"], equation="ij->i")
+    floats = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        [node],
+        "g",
+        [onnx.helper.make_tensor_value_info("input", floats, [None, 3])],
+        [onnx.helper.make_tensor_value_info("logits", floats, [None])],
+    )
+    path = tmp_path / "einsum.onnx"
+    onnx.save(onnx.helper.make_model(graph), path)
+    with pytest.raises(CompressError, match="Einsum"):
+        twins.of_onnx(path)
