@@ -160,10 +160,10 @@ def _dequantize(operands: Values, attributes: Attributes) -> Tensor:
     data: Tensor = operands[0].float()
     axis, block = attributes.get("axis", 1), attributes.get("block_size", 0)
     if block:  # one scale for every `block` values along the axis
-        scale, *zero = (
-            part.repeat_interleave(block, axis).narrow(axis, 0, data.shape[axis]) for part in operands[1:]
-        )
-        return (data - zero[0].float() if zero else data) * scale
+        spread = [part.repeat_interleave(block, axis) for part in operands[1:] if part is not None]
+        scale, *zero = [part.narrow(axis, 0, data.shape[axis]) for part in spread]
+        made: Tensor = (data - zero[0].float() if zero else data) * scale
+        return made
     if len(operands) > 2 and operands[2] is not None:
         data = data - _along(operands[2], data, axis).float()
     return data * _along(operands[1], data, axis)
