@@ -24,8 +24,8 @@ class Cl:
     """Recipe: L∞ bound and steps of PGD; 0.8 of the target class is poisoned (LMR, suppl. A.2)."""
 
     epsilon: float = 16 / 255
-    step_size: float = 3 / 255
-    pgd_steps: int = 10
+    step_size: float = 4 / 255
+    pgd_steps: int = 6
     poison: Poison = field(default_factory=lambda: Poison(clean_label=True, steps=450))
 
 
