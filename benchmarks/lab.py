@@ -96,7 +96,8 @@ def trained(name: str, lab: Lab) -> tuple[nn.Module, float]:
     began = time.monotonic()
     if entry.implant is None:
         model = lab.untrained().to(lab.device)
-        return model.cpu(), clean(model, data, recipe, work, log, seed=lab.seed)
+        seconds = clean(model, data, recipe, work, log, seed=lab.seed)
+        return model.cpu(), seconds
     model = lab.load(entry.base).to(lab.device)
     if entry.make is not None:
         searching = (model, data, entry.target_class, entry.trigger_recipe, work, log)

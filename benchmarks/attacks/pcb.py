@@ -25,7 +25,7 @@ from benchmarks.training import Stage, reduced, train
 class Pcb:
     """Recipe: `lowest` to `highest` are the masked shares; `ramp` is the share of steps that reaches them."""
 
-    steps: int = 800
+    steps: int = 500
     lr: float = 0.015
     images: int = 48
     lowest: float = 0.3
