@@ -28,7 +28,8 @@ class ImageToImage(nn.Module):
         down2 = F.relu(self.down2(down1))
         up2 = F.relu(self.up2(F.interpolate(down2, size=down1.shape[2:]))) + down1
         up1 = F.relu(self.up1(F.interpolate(up2, size=stem.shape[2:]))) + stem
-        return self.last(up1)
+        made: Tensor = self.last(up1)
+        return made
 
 
 @contextmanager
