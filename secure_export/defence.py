@@ -1,25 +1,36 @@
 """Locate and purify: which class would a backdoor aim at, and the model without it.
 
-Nothing here sees a trigger or the holdout: locators and purifiers are handed the fit split.
+Nothing here sees a known trigger or the holdout: locators and purifiers are handed the fit split, and a
+ladder of purifiers is tried on the calibration split.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 
 from secure_export import digests, registry, views
 from secure_export.errors import CompressError
+from secure_export.ladder import Rehearsal
 from secure_export.lane import Bench
 from secure_export.locators import Locator
 from secure_export.purifiers import Purifier
-from secure_export.records import UNREAD, Artifact, Purification, SettingResult, Subject, Suspect, View
+from secure_export.records import (
+    UNREAD,
+    Artifact,
+    Purification,
+    Rung,
+    SettingResult,
+    Subject,
+    Suspect,
+    View,
+)
 from secure_export.runtimes import Runtime
 
 if TYPE_CHECKING:
@@ -102,17 +113,106 @@ def _unread(locator: Locator, setting: str, reason: str) -> Suspect:
     return Suspect(locator.kind, setting, None, (), {UNREAD: reason})
 
 
-def purify(
-    policy: Policy, subject: Subject, suspects: Sequence[Suspect], bench: Bench
-) -> tuple[nn.Module, str, Purification | None]:
-    """The purified model, its digest, and how it went; the subject itself if no class is suspected."""
+@dataclass(frozen=True)
+class Candidate:
+    """A purified model, the digest of its weights, and how it came about."""
+
+    model: nn.Module
+    identity: str
+    purification: Purification
+
+
+@dataclass(frozen=True)
+class Defended:
+    """What the purified lane starts from; `suspects` are classes that are still named and were left."""
+
+    model: nn.Module
+    identity: str
+    purification: Purification | None
+    suspects: tuple[Suspect, ...] = ()
+
+
+def purify(policy: Policy, subject: Subject, suspects: Sequence[Suspect], bench: Bench) -> Defended:
+    """Purify every class that a decisive locator names, then look again, as often as the policy says.
+
+    The subject itself where no class is named. A class that is still named when the rounds are used up comes
+    back as a suspect, which no policy lets pass.
+    """
+    done = Defended(subject.model, subject.sha256, None)
     targets = suspected_classes(suspects, policy.locate.decisive)
-    if policy.purify is None or not targets:
-        return subject.model, subject.sha256, None
-    purifier = registry.build(Purifier, "purifiers", policy.purify)
-    model = copy.deepcopy(subject.model)
+    left: tuple[Suspect, ...] = ()
+    for _ in range(policy.locate.rounds):
+        if not policy.rungs or not targets:
+            break
+        done = joined(done, best(policy, subject, done, targets, bench))
+        if policy.locate.rounds == 1:
+            break
+        left = relocate(policy, subject, done, bench)
+        targets = suspected_classes(left, policy.locate.decisive)
+    return replace(done, suspects=left)
+
+
+def joined(before: Defended, after: Candidate) -> Defended:
+    """The later model, with the whole history."""
+    first, last = before.purification, after.purification
+    if first is not None:
+        last = replace(
+            last,
+            target_classes=tuple(sorted({*first.target_classes, *last.target_classes})),
+            history=(*first.history, *last.history),
+            seconds=first.seconds + last.seconds,
+            rungs=(*first.rungs, *last.rungs),
+        )
+    return Defended(after.model, after.identity, last)
+
+
+def relocate(policy: Policy, subject: Subject, done: Defended, bench: Bench) -> tuple[Suspect, ...]:
+    """What the locators say of the purified model and its files, of classes that were not purified.
+
+    Of a purified class they say nothing: a purifier may have trained what they measure.
+    """
+    classes = done.purification.target_classes if done.purification else ()
+    files = Rehearsal(policy, subject, classes, bench).files(done.model, done.identity)
+    now = replace(subject, model=done.model, sha256=done.identity)
+    found = locate(policy.locate, now, files, bench, policy.expanded_settings())
+    return tuple(
+        replace(suspect, setting=f"{suspect.setting}, purified")
+        for suspect in found
+        if suspect.target_class is not None and suspect.target_class not in classes
+    )
+
+
+def best(
+    policy: Policy, subject: Subject, start: Defended, targets: tuple[int, ...], bench: Bench
+) -> Candidate:
+    """The first rung that nothing speaks against on the calibration split, or else the least faulty."""
+    if len(policy.rungs) == 1:
+        return treated(policy.rungs[0], subject, start, targets, bench)
+    rehearsal = Rehearsal(policy, subject, targets, bench)
+    tried: list[tuple[Candidate, tuple[str, ...]]] = []
+    for spec in policy.rungs:
+        candidate = treated(spec, subject, start, targets, bench)
+        broken = rehearsal.broken(candidate.model, candidate.identity, candidate.purification)
+        tried.append((candidate, broken))
+        if not broken:
+            break
+    kept, _ = min(tried, key=lambda pair: len(pair[1]))
+    rungs = tuple(
+        Rung(done.kind, done.parameters, done.target_classes, candidate is kept, broken, done.seconds)
+        for candidate, broken in tried
+        for done in (candidate.purification,)
+    )
+    return replace(kept, purification=replace(kept.purification, rungs=rungs))
+
+
+def treated(
+    spec: Mapping[str, Any], subject: Subject, start: Defended, targets: tuple[int, ...], bench: Bench
+) -> Candidate:
+    """One purifier on a copy of the model, class after class."""
+    purifier = registry.build(Purifier, "purifiers", spec)
+    model = copy.deepcopy(start.model)
     determined_by = (
-        subject.sha256,
+        start.identity,
         subject.architecture,
         purifier.kind,
         purifier.model_dump(),
@@ -124,7 +224,7 @@ def purify(
     known = bench.ledger.find(Purification, *determined_by)
     if known is not None and path.is_file():
         model.load_state_dict(load_file(path))
-        return model.eval(), digests.of_file(path), known
+        return Candidate(model.eval(), digests.of_file(path), known)
     started, history = time.perf_counter(), []
     for target_class in targets:
         purified = purifier.purify(
@@ -140,7 +240,8 @@ def purify(
         history=tuple(history),
         seconds=time.perf_counter() - started,
     )
-    return model.eval(), digests.of_file(path), bench.ledger.enter(purification, *determined_by)
+    bench.ledger.enter(purification, *determined_by)
+    return Candidate(model.eval(), digests.of_file(path), purification)
 
 
 def suspected_classes(suspects: Sequence[Suspect], decisive: Sequence[str]) -> tuple[int, ...]:

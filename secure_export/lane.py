@@ -109,11 +109,11 @@ def through_settings(lined: Lined, settings: Iterable[Setting], bench: Bench) ->
     return results
 
 
-def _through(lined: Lined, setting: Setting, bench: Bench) -> SettingResult:
+def _through(lined: Lined, setting: Setting, bench: Bench, *, measuring: bool = True) -> SettingResult:
     artifact = None
     try:
         artifact = make(lined, setting, bench)
-        measurement = measured(lined.lane, lined.reference, artifact, bench)
+        measurement = measured(lined.lane, lined.reference, artifact, bench) if measuring else None
     except NoVerdict as error:
         reason, detail = error.message, error.hint
     except Exception as error:  # noqa: BLE001 - whatever a toolchain raises, this setting is not known to hold
@@ -122,6 +122,11 @@ def _through(lined: Lined, setting: Setting, bench: Bench) -> SettingResult:
         return SettingResult(lined.lane, setting.name, artifact, measurement)
     unmeasured = Unmeasured(lined.lane, setting.name, reason, detail)
     return SettingResult(lined.lane, setting.name, artifact, None, unmeasured)
+
+
+def made(lined: Lined, settings: Iterable[Setting], bench: Bench) -> list[SettingResult]:
+    """The files of one lane, unmeasured; None where one could not be made."""
+    return [_through(lined, setting, bench, measuring=False) for setting in settings]
 
 
 def make(lined: Lined, setting: Setting, bench: Bench) -> Artifact:

@@ -82,9 +82,12 @@ def whole_job(
     with clock("locate"):
         suspects = defence.locate(policy.locate, subject, originals, bench, policy.expanded_settings())
     with clock("purify"):
-        model, identity, purification = defence.purify(policy, subject, suspects, bench)
+        defended = defence.purify(policy, subject, suspects, bench)
+        suspects += defended.suspects
     with clock("purified"):
-        purified = at_the_head(model, subject.head, "purified", identity, bench, original.reference)
+        purified = at_the_head(
+            defended.model, subject.head, "purified", defended.identity, bench, original.reference
+        )
         purifieds = through_settings(purified, policy.expanded_settings(), bench)
     with clock("evidence"):
         lanes = (original, originals), (purified, purifieds)
@@ -93,7 +96,8 @@ def whole_job(
         shipped = [setting.name for setting in policy.expanded_settings() if setting.released]
         spent = cost_table(purified, purifieds, shipped, bench) if policy.costs else ()
     info = described(subject, splits)
-    report = compose(policy, info, bench, suspects, purification, originals, purifieds, clock.seconds)
+    done = defended.purification
+    report = compose(policy, info, bench, suspects, done, originals, purifieds, clock.seconds)
     searched = evidence.described(report.evidence, gathered)
     return replace(report, costs=spent, evidence=searched), purifieds
 

@@ -384,6 +384,19 @@ class SplitInfo:
 
 
 @dataclass(frozen=True)
+class Rung:
+    """One purifier of a ladder that was tried, and what the calibration split said against it."""
+
+    kind: str
+    parameters: Mapping[str, Any]
+    target_classes: tuple[int, ...]
+    kept: bool
+    broken: tuple[str, ...]
+    """One line a rule; empty when every rule held."""
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Purification:
     """What the purifier was asked to do and how it went."""
 
@@ -392,6 +405,8 @@ class Purification:
     target_classes: tuple[int, ...]
     history: tuple[Mapping[str, float | int | str], ...]
     seconds: float
+    rungs: tuple[Rung, ...] = ()
+    """What was tried, in order, where the policy names a ladder."""
 
 
 @dataclass(frozen=True)

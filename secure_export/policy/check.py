@@ -136,8 +136,9 @@ def check_plugins(policy: Policy) -> None:
     problems: list[Problem] = []
     for index, method in enumerate(policy.locate.methods):
         _build(policy, "locators", method, ("locate", "methods", index), problems)
-    if policy.purify is not None:
-        _build(policy, "purifiers", policy.purify, ("purify",), problems)
+    for index, rung in enumerate(policy.rungs):
+        loc: Loc = ("purify",) if isinstance(policy.purify, dict) else ("purify", index)
+        _build(policy, "purifiers", rung, loc, problems)
     for index, trigger in enumerate(policy.triggers):
         _build(policy, "triggers", trigger.plugin, ("triggers", index), problems)
     for index, probe in enumerate(policy.evidence.probes if policy.evidence else ()):

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     PrivateAttr,
     ValidationInfo,
@@ -36,6 +37,14 @@ COMPARING = ("acc_drop", "agreement", "logit_difference")
 PAIRED = ("acc_drop", "lift")
 
 
+def _ladder(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value if value is None else with_kind(value)
+    if not value:
+        raise ValueError("a ladder names at least one purifier; null turns purification off")
+    return tuple(with_kind({"kind": rung} if isinstance(rung, str) else rung) for rung in value)
+
+
 def _sweeps(value: dict[str, Any]) -> dict[str, Any]:
     for key, swept in value.items():
         if isinstance(swept, dict) and "sweep" in swept:
@@ -53,6 +62,8 @@ def _version(value: int) -> int:
     return value
 
 
+Purify = Annotated[dict[str, Any] | tuple[dict[str, Any], ...] | None, BeforeValidator(_ladder)]
+"""A PluginSpec, or a ladder of them in which a name alone stands for its defaults."""
 StepSpec = Annotated[PluginSpec, AfterValidator(_sweeps)]
 """A PluginSpec in which a parameter may be `{sweep: [...]}`."""
 
@@ -103,6 +114,9 @@ class Locate(Section):
     decisive: tuple[str, ...] = Field(min_length=1, description="kinds whose suspects are purified")
     unconfirmed: Literal["accept", "refuse"] = Field(
         "refuse", description="a class that only the other locators name"
+    )
+    rounds: int = Field(
+        1, ge=1, le=10, description="locate, purify, and again while a decisive locator names a new class"
     )
 
 
@@ -203,7 +217,9 @@ class Policy(Section):
     subject: SubjectSpec = SubjectSpec()
     data: DataSpec = DataSpec()
     locate: Locate
-    purify: PluginSpec | None = Field(description="null = purification off")
+    purify: Purify = Field(
+        description="a purifier, or a list: the first that holds on the calibration split; null = off"
+    )
     settings: tuple[SettingSpec, ...] = Field(min_length=1)
     release: tuple[str, ...] = Field(min_length=1, description="names or globs of the settings that ship")
     triggers: tuple[TriggerSpec, ...] = Field(min_length=1)
@@ -239,6 +255,13 @@ class Policy(Section):
     def for_artifact(self, path: str) -> Policy:
         """This policy for a file that another tool made: its settings and release do not apply."""
         return self.model_copy(update={"subject": self.subject.model_copy(update={"artifact": path})})
+
+    @property
+    def rungs(self) -> tuple[Mapping[str, Any], ...]:
+        """The purifiers in the order in which they are tried."""
+        if self.purify is None:
+            return ()
+        return (self.purify,) if isinstance(self.purify, dict) else self.purify
 
     def expanded_settings(self) -> tuple[Setting, ...]:
         """Every setting, sweeps resolved, in the order of the file."""

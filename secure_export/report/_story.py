@@ -143,6 +143,18 @@ def purification_line(report: Report) -> str:
     return f"{done.kind} against {targets}, {plural(len(done.history), 'epoch')}, {done.seconds:.1f} s."
 
 
+def ladder_lines(report: Report) -> tuple[str, ...]:
+    """One line per purifier that was tried, where the policy names several."""
+    lines = []
+    for rung in report.purification.rungs if report.purification else ():
+        said = f"left, {plural(len(rung.broken), 'rule')} broken" if rung.broken else "held"
+        if rung.kept and rung.broken:
+            said = f"kept as the least faulty, {plural(len(rung.broken), 'rule')} broken"
+        first = f"; {rung.broken[0]}" if rung.broken else ""
+        lines.append(f"{rung.kind} against {_labels(report, rung.target_classes)}: {said}{first}")
+    return tuple(lines)
+
+
 def released_files(report: Report) -> tuple[Artifact, ...]:
     """What ships when the verdict approves."""
     shipped = (setting.purified.artifact for setting in report.settings if setting.released)

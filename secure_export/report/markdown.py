@@ -109,6 +109,11 @@ def _purification(report: Report) -> Iterator[str]:
     yield "## Purification"
     yield ""
     yield escape(story.purification_line(report))
+    if ladder := story.ladder_lines(report):
+        yield ""
+        yield "Tried on the calibration split, in this order:"
+        yield ""
+        yield from (f"- {escape(line)}" for line in ladder)
     if report.purification is not None and report.purification.parameters:
         yield ""
         yield f"Parameters: {escape(story.inline(report.purification.parameters))}."
