@@ -1,0 +1,194 @@
+"""The papers' tables beside ours, from stored results: `python -m benchmarks.tables [--out FILE]`.
+
+`published.json` holds every published cell and what of ours answers it. Nothing is measured here, and a cell
+that nothing stored answers says "missing".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from secure_export import statistics
+
+FOLDER = Path(__file__).parent
+RESULTS, PUBLISHED = FOLDER / "results", FOLDER / "published.json"
+MISSING = "missing"
+ALPHA = 0.05
+"""Of the exact two-sided interval that stands behind a single run."""
+HEADER = ("attack", "network", "defence", "ACC ours", "ACC paper", "ASR ours", "ASR paper", "remark")
+
+Counts = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One purifier on one model, as measured."""
+
+    attack: str
+    kind: str
+    fit: int
+    seed: int
+    settings: Mapping[str, Counts]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Located:
+    """What one locator said of one view of a backdoored model."""
+
+    attack: str
+    locator: str
+    right: bool
+
+
+@click.command()
+@click.option("--results", default=RESULTS, type=click.Path(exists=True, path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="write here instead of printing")
+def main(results: Path, out: Path | None) -> None:
+    """Every table as Markdown."""
+    published = json.loads(PUBLISHED.read_text())
+    text = "\n".join(document(published, tuple(trials(results)), tuple(located(results))))
+    if out is None:
+        click.echo(text)
+    else:
+        out.write_text(text + "\n")
+
+
+def trials(results: Path) -> Iterator[Trial]:
+    """Stored trials of benchmarks.defences, and both lanes of benchmarks.main_job."""
+    for path in sorted((results / "defences").glob("*.json")):
+        found = json.loads(path.read_text())
+        recipe = found["recipe"]
+        attack, fit, seed = found["attack"], found["fit"], found["seed"]
+        yield Trial(attack, recipe["kind"], fit, seed, found["settings"], recipe)
+        yield Trial(attack, "none", fit, seed, found["before"])
+    for path in sorted(results.glob("main-job-*.json")):
+        yield from _main_job(json.loads(path.read_text()))
+
+
+def _main_job(found: Mapping[str, Any]) -> Iterator[Trial]:
+    card, report = found["card"], found["purification_on"]["report"]
+    fit = report["splits"]["fit"][0]
+    for lane, kind in (("original", "none"), ("purified", "lmr-plus")):
+        if kind != "none" and not report["purified_classes"]:
+            continue
+        settings = {
+            _ours(name): {
+                "acc": lanes[lane]["acc"],
+                "asr": lanes[lane]["triggers"][card["trigger"]["kind"]]["asr"][card["target_class"]],
+            }
+            for name, lanes in report["settings"].items()
+            if "acc" in lanes[lane] and card["trigger"]["kind"] in lanes[lane]["triggers"]
+        }
+        yield Trial(card["attack"], kind, fit, card["seed"], settings)
+
+
+def _ours(setting: str) -> str:
+    """The name in benchmarks.settings of a setting in policies/strict.yaml."""
+    return {"int8": "int8-u8s8"}.get(setting, setting.replace("prune-mask@", "mask-recalibrated-"))
+
+
+def located(results: Path) -> Iterator[Located]:
+    """What the locators said of the backdoored models of benchmarks.main_job, view by view."""
+    for path in sorted(results.glob("main-job-*.json")):
+        found = json.loads(path.read_text())
+        card = found["card"]
+        if card["attack"] != "none":
+            for said in found["purification_on"]["report"]["suspects"]:
+                yield Located(card["attack"], said["locator"], said["class"] == card["target_class"])
+
+
+def document(published: Mapping[str, Any], found: Sequence[Trial], said: Sequence[Located]) -> Iterator[str]:
+    """All tables, and how much of each is there."""
+    yield "Percent. Ours: hits of n with the exact 95 % interval, or the mean and range over seeds."
+    for table, title in published["titles"].items():
+        rows = [row for row in published["rows"] if row["table"] == table]
+        lines = [_line(row, found, said) for row in rows]
+        answered = sum(MISSING not in line[3:6:2] for line in lines)
+        yield from ("", f"## {title}", "", f"{answered} of {len(rows)} rows have a number of ours.", "")
+        yield _row(HEADER)
+        yield _row(["---"] * len(HEADER))
+        yield from map(_row, lines)
+
+
+def _line(row: Mapping[str, Any], found: Sequence[Trial], said: Sequence[Located]) -> tuple[str, ...]:
+    ours = row.get("ours")
+    remark = row["note"]
+    if ours is None:
+        acc = asr = MISSING
+    elif "locator" in ours:
+        acc, asr = _localized(ours, said), "–"
+    else:
+        chosen = matching(ours, found)
+        acc, asr = (
+            cell([trial.settings[ours["setting"]][key] for trial in chosen]) for key in ("acc", "asr")
+        )
+        if chosen and isinstance(ours.get("fit"), list):
+            remark = "; ".join(filter(None, (remark, f"ours: {chosen[0].fit} samples")))
+    return (
+        row["attack"],
+        row["network"],
+        row["defence"],
+        acc,
+        _paper(row["acc"]),
+        asr,
+        _paper(row["asr"]),
+        remark,
+    )
+
+
+def _localized(ours: Mapping[str, Any], said: Iterable[Located]) -> str:
+    answers = [s.right for s in said if s.attack == ours["attack"] and s.locator == ours["locator"]]
+    return cell([[sum(answers), len(answers)]]) if answers else MISSING
+
+
+def matching(ours: Mapping[str, Any], found: Sequence[Trial]) -> list[Trial]:
+    """Trials that answer a published cell; of several sizes of fit, the first that is there."""
+    sizes = ours["fit"] if isinstance(ours["fit"], list) else [ours["fit"]]
+    wanted = ours.get("parameters", {})
+    for size in sizes:
+        chosen = [
+            trial
+            for trial in found
+            if (trial.attack, trial.kind) == (ours["attack"], ours["kind"])
+            and (trial.fit == size or trial.kind == "none")
+            and ours["setting"] in trial.settings
+            and all(trial.parameters.get(key) == value for key, value in wanted.items())
+        ]
+        if chosen:
+            # An untouched model is the same in every trial: one reading, from the most samples.
+            key = ours["setting"]
+            return (
+                [max(chosen, key=lambda t: t.settings[key]["acc"][1])] if ours["kind"] == "none" else chosen
+            )
+    return []
+
+
+def cell(counts: Sequence[Sequence[int]]) -> str:
+    """`0.99 [0.80, 1.22], n 9000` for one count, `0.99 (0.7 to 1.2, 3 seeds)` for several."""
+    if not counts:
+        return MISSING
+    rates = [100 * hits / total for hits, total in counts]
+    if len(rates) > 1:
+        return f"{sum(rates) / len(rates):.2f} ({min(rates):.2f} to {max(rates):.2f}, {len(rates)} runs)"
+    hits, total = counts[0]
+    low, high = (100 * bound(hits, total, ALPHA / 2) for bound in (statistics.lower, statistics.upper))
+    return f"{rates[0]:.2f} [{low:.2f}, {high:.2f}], n {total}"
+
+
+def _paper(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    main()
