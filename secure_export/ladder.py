@@ -12,12 +12,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
+from torch.func import functional_call
 
 from secure_export import digests
 from secure_export.lane import Bench, at_the_head, made, through_settings
 from secure_export.policy import Policy, TriggerSpec, judge
 from secure_export.purifiers import _inversion, _views
-from secure_export.purifiers._inversion import Family, Triggers
+from secure_export.purifiers._inversion import Family, Logits, Triggers
 from secure_export.records import (
     Evidence,
     Purification,
@@ -70,11 +71,10 @@ class Rehearsal:
         """
         found = {}
         for target in self.targets:
-            views = {"fp32": _view(self.subject.model, "full"), "int8": _view(self.subject.model, "int8")}
-            for name, view in views.items():
+            for name, logits in (("fp32", self.subject.model), ("int8", rounded(self.subject.model))):
                 for family, size in FAMILIES.items():
                     if _inversion.applicable(family, self.bench.splits.fit.inputs):
-                        trigger = search(view, self.bench.splits.fit, target, family, size, self.bench.seed)
+                        trigger = search(logits, self.bench.splits.fit, target, family, size, self.bench.seed)
                         found[f"{family}-{name}-{target}"] = trigger
         return found
 
@@ -121,12 +121,14 @@ class Rehearsal:
         )
 
 
-def _view(model: nn.Module, kind: _views.Kind) -> _views.View:
-    rounded = _views.int8_weights(model) if kind == "int8" else {}
-    return _views.View(model, kind, rounded).detached()
+@torch.no_grad()
+def rounded(model: nn.Module) -> Logits:
+    """The model with its weights rounded to 8 bits, where a quantization-conditioned backdoor is awake."""
+    weights = _views.int8_weights(model)
+    return lambda inputs: functional_call(model, weights, (inputs,))
 
 
-def search(view: _views.View, fit: Split, target: int, family: Family, size: float, seed: int) -> Searched:
+def search(logits: Logits, fit: Split, target: int, family: Family, size: float, seed: int) -> Searched:
     """The most successful of a few universal perturbations of `fit` into `target`."""
     others = fit.floats()[fit.labels != target]
     shape = others.shape[1:]
@@ -135,7 +137,7 @@ def search(view: _views.View, fit: Split, target: int, family: Family, size: flo
         max(_inversion.FEWEST_PIXELS, size * pixels) if family == "patch" else size * shape.numel() ** 0.5
     )
     found = _inversion.universal(
-        [view],
+        [logits],
         others,
         target,
         family,
@@ -144,7 +146,7 @@ def search(view: _views.View, fit: Split, target: int, family: Family, size: flo
         batch=BATCH,
         generator=torch.Generator().manual_seed(seed),
     )
-    best = int(_inversion.success(view, others, target, found).argmax())
+    best = int(_inversion.success(logits, others, target, found).argmax())
     return Searched(keep=found.keep[best : best + 1], add=found.add[best : best + 1])
 
 
