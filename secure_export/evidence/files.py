@@ -11,6 +11,7 @@ import torch
 
 from secure_export import registry, twins
 from secure_export.errors import CompressError, NoVerdict
+from secure_export.evidence.search import judged_on
 from secure_export.records import Count, Predictor, SettingResult, Split
 from secure_export.runtimes import Runtime
 from secure_export.runtimes.torch_eager import program
@@ -20,9 +21,8 @@ if TYPE_CHECKING:
 
     from secure_export.probes import Logits
 
-CHECKED = 100
-"""Fit samples on which a twin is compared with its file."""
 LEAST_AGREEMENT = 0.9
+"""Of twin and file, on drawn fit samples."""
 MOST_EXCESS = 0.25
 """A class predicted this much more often than it occurs: such a model has collapsed, and every search would
 find its way into that class."""
@@ -54,14 +54,14 @@ def opened(result: SettingResult, fit: Split, options: Mapping[str, Any]) -> Ope
         predicted = predictor(fit.floats()).argmax(1)
     except NoVerdict as error:
         return error.message
-    inputs = fit.floats(slice(0, CHECKED))
+    inputs = judged_on(fit, torch.Generator().manual_seed(0)).floats()
     agreement, why = None, ""
     twin: Logits | None = None
     try:
         twin = normalized(twin_of(artifact.path, artifact.format), options)
         _check_gradient(twin, inputs[:2])
         with torch.no_grad():
-            same = int((twin(inputs).argmax(1) == predicted[:CHECKED]).sum())
+            same = int((twin(inputs).argmax(1) == predictor(inputs).argmax(1)).sum())
         agreement = Count(same, len(inputs))
         if agreement.rate < LEAST_AGREEMENT:
             why = f"the twin agrees with the file on {same} of {len(inputs)} fit samples"

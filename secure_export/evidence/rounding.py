@@ -19,13 +19,12 @@ from torch import Tensor
 
 from secure_export import twins
 from secure_export.errors import CompressError
+from secure_export.evidence.search import judged_on
 from secure_export.records import Lane, Rounding, Split
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-IMAGES = 100
-"""Fit samples whose mean logits show the effect."""
 DRAWS = 19
 """Random sign patterns: the smallest p is 1/20."""
 FEWEST = 200
@@ -59,8 +58,9 @@ def reading(lane: Lane, setting: str, source: Path, file: Path, fit: Split, *, s
     residues = [residues_of(layer) for layer in layers]
     large = [residue for residue in residues if len(residue[residue.isfinite()]) >= FEWEST]
     twin = twins.of_onnx(source)
-    inputs = fit.floats(slice(0, IMAGES))
-    z, p = effect(twin, inputs, layers, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    inputs = judged_on(fit, generator).floats()
+    z, p = effect(twin, inputs, layers, generator)
     shares, target_class = extrapolated(twin, inputs, layers)
     return Rounding(
         lane=lane,

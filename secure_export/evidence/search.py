@@ -168,7 +168,7 @@ def _losses(logits: Logits, asked: Split, probe: Probe, free: Free, targets: Ten
 
 
 def judged_on(fit: Split, generator: torch.Generator) -> Split:
-    """A few fit samples, drawn."""
+    """A few fit samples, drawn: the first ones may all be of one class."""
     index = torch.randperm(len(fit), generator=generator)[:JUDGED]
     return Split(fit.inputs[index], fit.labels[index], "")
 

@@ -1,0 +1,122 @@
+"""Every probe keeps its budget on inputs of any shape, and finds planted triggers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from secure_export import registry
+from secure_export.evidence.search import Searched, queried, search
+from secure_export.probes import Logits, Probe
+from secure_export.probes.l2 import L2
+from secure_export.probes.linf import Linf
+from secure_export.probes.patch import Patch
+from secure_export.probes.warp import Warp
+from secure_export.records import Split
+from tests import toys
+
+KINDS = registry.names("probes")
+SHAPES = [(3, 20, 32), (1, 8, 8), (2, 60), (50,)]
+
+
+def probe(kind: str) -> Probe:
+    return registry.build(Probe, "probes", {"kind": kind})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scale", [1.0, 50.0])
+def test_whatever_is_searched_stays_within_the_budget(
+    kind: str, shape: tuple[int, ...], scale: float
+) -> None:
+    size, generator = torch.Size(shape), torch.Generator().manual_seed(0)
+    found = probe(kind)
+    free = [scale * variable for variable in found.begin(size, 3, generator)]
+    free = found.proposed(free, 0.3, generator)
+    made = found.perturbation(free, size)
+    inputs = torch.rand(6, *shape, generator=generator)
+    stamped = made.stamp(inputs, torch.tensor([0, 1, 2, 0, 1, 2]))
+    assert stamped.shape == inputs.shape
+    assert stamped.min() >= 0
+    assert stamped.max() <= 1
+    assert len(made) == 3
+    assert found.budget(size)
+    change = made.add.flatten(1)
+    if isinstance(found, Patch):
+        covered = (1 - made.keep).flatten(1).sum(1)
+        assert (covered <= max(4.0, 0.012 * made.keep[0].numel()) + 1e-3).all()
+    elif isinstance(found, L2):
+        assert torch.allclose(change.norm(dim=1), torch.tensor(0.018 * size.numel() ** 0.5))
+    elif isinstance(found, Linf):
+        assert change.abs().max() <= 8 / 255
+    elif isinstance(found, Warp):
+        assert made.flow is not None
+        assert made.flow.abs().max() <= 2 * 0.047 + 1e-6
+    else:
+        assert (stamped - inputs).abs().max() <= 0.06 + 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_seed_finds_the_same_and_fit_is_not_touched(kind: str) -> None:
+    fit, model = toy_split(), toys.awake()
+    before = fit.inputs.clone()
+    quick = probe(kind).model_copy(update={"steps": 3, "images": 4})
+    first, second = (search(model, fit, quick, [0, 2], seed=5) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.free, second.free, strict=True))
+    assert torch.equal(fit.inputs, before)
+    assert first.forwards == 3 * 2 * 2 * 4 + 100 * 3
+
+
+def toy_split() -> Split:
+    inputs, labels = toys.samples(200)
+    return Split(torch.tensor(inputs), torch.tensor(labels), "toy")
+
+
+def lift(found: Searched, target_class: int) -> float:
+    return found.lift[found.classes.index(target_class)].difference
+
+
+def test_query_search_finds_a_patch_without_gradients() -> None:
+    model = toys.awake()
+
+    def file(inputs: torch.Tensor) -> torch.Tensor:
+        return model(inputs).detach()
+
+    quick = Patch(area=0.0625, queries=120, images=8)
+    found = queried(file, toy_split(), quick, range(toys.CLASSES), seed=0)
+    assert lift(found, toys.TARGET) > 0.9
+    assert max(lift(found, c) for c in range(toys.CLASSES) if c != toys.TARGET) < 0.5
+    clean = queried(toys.clean(), toy_split(), quick, range(toys.CLASSES), seed=0)
+    assert max(part.difference for part in clean.lift) < 0.5
+
+
+def signal_with_a_backdoor() -> Logits:
+    """Two classes by the mean of a signal's halves; a spike train at samples 20..23 names class 1."""
+
+    def logits(inputs: torch.Tensor) -> torch.Tensor:
+        spikes = torch.relu(inputs[:, 0, 20:24].sum(1) - 0.5)
+        return torch.stack([inputs[:, 0, 24:].mean(1), inputs[:, 0, :20].mean(1) + 2 * spikes], dim=1)
+
+    return logits
+
+
+def test_patch_is_found_in_a_signal() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = 0.3 * torch.rand(120, 1, 44, generator=generator)
+    labels = torch.arange(120) % 2
+    inputs[labels == 0, :, 24:] += 0.5
+    inputs[labels == 1, :, :20] += 0.5
+    fit = Split(inputs, labels, "signal")
+    found = search(signal_with_a_backdoor(), fit, Patch(area=0.1, steps=80, images=16), [0, 1], seed=0)
+    assert lift(found, 1) > 0.8
+    assert lift(found, 0) < 0.5
+
+
+def test_warm_search_goes_on_from_its_start() -> None:
+    fit, quick = toy_split(), Patch(area=0.0625, steps=60, images=8)
+    found = search(toys.awake(), fit, quick, [toys.TARGET], seed=0)
+    assert lift(found, toys.TARGET) > 0.9
+    short = quick.model_copy(update={"steps": 1})
+    warm = search(toys.awake(), fit, short, [toys.TARGET], seed=1, start=found.free)
+    cold = search(toys.awake(), fit, short, [toys.TARGET], seed=1)
+    assert lift(warm, toys.TARGET) > 0.9 > 0.5 > lift(cold, toys.TARGET)
