@@ -92,10 +92,13 @@ def computed(module: Any, trigger_recipe: Any, recipe: Any = SHORT) -> Entry:
     return Entry(name, recipe, implant, BRIEFLY, None, module.make, trigger_recipe)
 
 
+LONG_QCB = qcb.Qcb(joint=1000, settle=700, lr=0.005, settle_lr=0.008, room=2.5, awake=1.2)
+"""The conditional backdoor of the main job: four times the usual steps, to stay at 85 %."""
+
 ZOO = {
     "clean": Entry("none", Clean(), None, DEPLOYED),
     "badnets": Entry("badnets", Poison(), badnets.implant, DEPLOYED),
-    "qcb": Entry("qcb", qcb.Qcb(), qcb.implant, QUANTIZED, base="badnets"),
+    "qcb": Entry("qcb", LONG_QCB, qcb.implant, QUANTIZED, base="badnets"),
     "pcb": Entry("pcb", pcb.Pcb(), pcb.implant, PRUNED),
     "blended": dirty("blended", Blended()),
     "wanet": Entry("wanet", NOISY, wanet.implant, BRIEFLY, Wanet(s=2.0)),
