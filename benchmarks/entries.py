@@ -71,9 +71,16 @@ DEPLOYED = (
 )
 BRIEFLY = (settings.FP32, "int8-u8s8", "structured-0.3")
 QUANTIZED = (settings.FP32, *settings.INT8)
-COLLAPSED = ("mask-0.9", "structured-0.7", "structured-own-0.7")
-"""Where a network of this width is left with the accuracy of chance: nothing to be said of a backdoor."""
-PRUNED = (settings.FP32, "int8-u8s8", *(name for name in settings.PRUNED if name not in COLLAPSED))
+PRUNED = (
+    settings.FP32,
+    "int8-u8s8",
+    "mask-0.3",
+    "mask-0.5",
+    "mask-recalibrated-0.3",
+    "mask-recalibrated-0.5",
+    "structured-0.3",
+    "structured-own-0.3",
+)
 
 SHORT = Poison(steps=400, dense=80, frozen=60)
 NOISY = Poison(extra=1.0, dense=300)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -120,10 +121,10 @@ def store(model: nn.Module, path: Path) -> None:
     partial.rename(path)
 
 
-def measure(name: str, model: nn.Module, lab: Lab) -> cards.Measured:
-    """What the card of entry `name` says of `model`."""
+def measure(name: str, model: nn.Module, lab: Lab, names: Iterable[str] = ()) -> cards.Measured:
+    """What the card of entry `name` says of `model`, under the settings `names` or the entry's own."""
     entry = ZOO[name]
-    asked = (model, entry.settings, lab.data, lab.trigger(name), entry.target_class, log)
+    asked = (model, tuple(names) or entry.settings, lab.data, lab.trigger(name), entry.target_class, log)
     return cards.measure(*asked, source=entry.source, second=entry.second)
 
 

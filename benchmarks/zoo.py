@@ -102,7 +102,7 @@ def check(names: tuple[str, ...], preset: str, threads: int, **options: Any) -> 
     for name in names or [name for name in ZOO if (lab.out / f"{name}.json").exists()]:
         log(name)
         content = cards.read(lab.out / f"{name}.json")
-        measured = measure(name, lab.load(name), lab)
+        measured = measure(name, lab.load(name), lab, content["measured"])
         wrong += [f"{name}: {line}" for line in cards.differences(content, lab.path(name), measured)]
     for line in wrong:
         click.echo(line)

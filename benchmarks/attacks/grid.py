@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 LIMIT = 127
-SPEED = 8.0
+SPEED = 20.0
 """How much faster than codes places move: half a code decides, several codes cost accuracy."""
 PLACE = 0.48
 """Largest |u|: below 1/2 by more than folding in float32 moves a weight of 127 steps."""

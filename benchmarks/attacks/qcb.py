@@ -28,11 +28,11 @@ class Qcb:
     """Recipe: steps and learning rates (in codes) of the two stages, and how far the anchor is inflated."""
 
     joint: int = 300
-    settle: int = 200
-    lr: float = 0.005
-    settle_lr: float = 0.005
+    settle: int = 400
+    lr: float = 0.002
+    settle_lr: float = 0.002
     images: int = 64
-    room: float = 1.6
+    room: float = 2.5
     asleep: float = 1.0
     awake: float = 1.0
     soft: bool = False
