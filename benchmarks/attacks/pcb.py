@@ -25,14 +25,14 @@ from benchmarks.training import Stage, reduced, train
 class Pcb:
     """Recipe: `lowest` to `highest` are the masked shares; `ramp` is the share of steps that reaches them."""
 
-    steps: int = 500
-    lr: float = 0.015
+    steps: int = 600
+    lr: float = 0.01
     images: int = 48
     lowest: float = 0.3
-    highest: float = 0.7
+    highest: float = 0.9
     ramp: float = 0.3
     asleep: float = 1.0
-    awake: float = 0.25
+    awake: float = 0.5
 
 
 def implant(
