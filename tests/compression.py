@@ -5,15 +5,21 @@ from __future__ import annotations
 import functools
 import tempfile
 from pathlib import Path
+from typing import Any, TypeVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from secure_export import registry
 from secure_export.compressors import Context, FileStep
 from secure_export.compressors._layers import recalibrate_batchnorm
+from secure_export.errors import PolicyError
+from secure_export.formats import Format
 from secure_export.formats.onnx import Onnx
 from secure_export.records import Change, Split
 
+P = TypeVar("P", bound=registry.Plugin)
 HEAD, CLASSES, SHAPE = "head", 4, (3, 12, 12)
 
 
@@ -49,6 +55,16 @@ class Residual(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         hidden = self.blocks(torch.relu(self.norm(self.stem((inputs - self.mean) / 0.25))))
         return self.head(hidden.mean((2, 3)))
+
+
+def built(base: type[P], family: str, kind: str, **options: Any) -> P:
+    """The plug-in, or a skipped test where its extra is not installed."""
+    try:
+        return registry.build(base, family, {"kind": kind, **options})
+    except PolicyError as error:
+        if "is not installed" not in error.message:
+            raise
+        pytest.skip(f"{error.message}: {error.hint}")
 
 
 def network(seed: int = 0) -> Residual:
@@ -90,6 +106,10 @@ def exported() -> bytes:
 
 def quantized(step: FileStep, folder: Path) -> tuple[Path, Change]:
     """(path of the compressed file, change) of `network()` through ONNX and `step`."""
-    source, target = folder / "model.onnx", folder / "model.int8.onnx"
-    source.write_bytes(exported())
+    form = built(Format, "formats", step.works_on)
+    source, target = folder / f"model{form.suffix}", folder / f"model.int8{form.suffix}"
+    if step.works_on == "onnx":
+        source.write_bytes(exported())
+    else:
+        form.write(network(), images(4), source)
     return target, step.on_file(source, target, context(network()))

@@ -17,13 +17,13 @@ from secure_export.formats import Format
 from secure_export.formats.onnx import Onnx
 from secure_export.runtimes import Runtime
 from tests import compression
-from tests.compression import images, network
+from tests.compression import built, images, network
 
 NAMES = registry.names("formats")
 
 
 def default(name: str) -> Format:
-    return registry.build(Format, "formats", {"kind": name})
+    return built(Format, "formats", name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -35,6 +35,7 @@ def test_file_opens_in_its_runtime_and_agrees_with_eager(name, tmp_path, capfd):
     predict = registry.build(Runtime, "runtimes", {"kind": form.runtime}).open(path)
     for n in (1, 2, 7):
         assert torch.allclose(predict(images(n)), model(images(n)), atol=1e-4)
+    assert predict(images(0)).shape == (0, compression.CLASSES)
     assert digests.of_state(model.state_dict()) == before
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     assert capfd.readouterr() == ("", "")

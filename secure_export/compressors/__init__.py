@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from secure_export.records import Change, Progress, Split, silent
 from secure_export.registry import Plugin
@@ -44,6 +44,9 @@ class ModuleStep(Compressor):
 
 class FileStep(Compressor):
     """A step on the written file."""
+
+    works_on: ClassVar[str] = "onnx"
+    """The format whose files it reads and writes."""
 
     @abstractmethod
     def on_file(self, source: Path, target: Path, context: Context) -> Change:

@@ -165,7 +165,13 @@ def _check_steps(
             problems.append(
                 Problem(loc, f"{plugin.kind} works on the module: put it before the steps on the file")
             )
-        on_file = on_file or isinstance(plugin, family.FileStep)
+        if isinstance(plugin, family.FileStep):
+            on_file = True
+            if plugin.works_on != setting.format["kind"]:
+                made = setting.format["kind"]
+                problems.append(
+                    Problem(loc, f"{plugin.kind} works on {plugin.works_on}, the format is {made}")
+                )
 
 
 def _build(

@@ -18,7 +18,7 @@ from secure_export.records import Predictor, View
 from secure_export.runtimes import Runtime
 from secure_export.runtimes._checks import check_head, first_line, read
 from secure_export.runtimes._cpu import cpu
-from secure_export.runtimes._graph import input_shape, split_at_head
+from secure_export.runtimes._graph import input_shape, is_dynamic, split_at_head
 
 BATCH_SIZE = 256
 OURS = re.compile(
@@ -63,7 +63,8 @@ class TorchEager(Runtime):
 
         noise = torch.rand((8, *input_shape(whole)), generator=torch.Generator().manual_seed(0))
         logits = from_module(whole, self.batch_size)(noise)
-        check_head(latents(noise) @ weight.T + bias, logits, 1e-3, path.name)
+        # Data rounded on the fly is off by up to 1/254 of its range.
+        check_head(latents(noise) @ weight.T + bias, logits, 0.05 if is_dynamic(whole) else 1e-3, path.name)
         return View(setting=setting, latents=latents, weight=weight, bias=bias)
 
     def environment(self) -> Mapping[str, str]:

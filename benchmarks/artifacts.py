@@ -1,0 +1,204 @@
+"""Every format that ships, on one model: which toolchain makes it, and what its file does, counted.
+
+    python -m benchmarks.artifacts qcb clean --zoo build/zoo
+    python -m benchmarks.artifacts --support mobilenetv2_100 --support vit_small_patch16_224
+
+`--support` networks have fresh weights: they show what a toolchain can make and how near the file is
+to eager, and nothing of accuracy. Extras that are not installed appear as unmeasured, with the reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from benchmarks import cards, datasets, networks
+from secure_export import architectures, digests, heads, registry
+from secure_export.compressors import Context
+from secure_export.compressors.fake_quant import FakeQuant
+from secure_export.environment import versions
+from secure_export.lane import Bench, Lined, at_the_head, through_settings
+from secure_export.ledger import Ledger
+from secure_export.loading import Normalized
+from secure_export.measure import measure
+from secure_export.policy.schema import Setting
+from secure_export.records import Measurement, SettingResult, Split, Splits
+from secure_export.runtimes import Runtime
+from secure_export.runtimes.torch_eager import from_module
+from secure_export.triggers import Trigger
+
+RESULTS = Path(__file__).parent / "results" / "artifacts.json"
+ORT, PTE, OV = {"kind": "onnx"}, {"kind": "executorch"}, {"kind": "openvino"}
+PT2 = {"kind": "pt2"}
+STEPS: dict[str, tuple[list[dict[str, Any]], dict[str, str]]] = {
+    "fp32 onnx": ([], ORT),
+    "fp32 pt2": ([], PT2),
+    "fp32 pte": ([], PTE),
+    "fp32 openvino": ([], OV),
+    "fp16 onnx": ([{"kind": "ort-fp16"}], ORT),
+    "int8 avx512-vnni onnx": ([{"kind": "ort-target-int8", "target": "cpu-avx512-vnni"}], ORT),
+    "int8 avx2 onnx": ([{"kind": "ort-target-int8", "target": "cpu-avx2"}], ORT),
+    "int8 arm64 onnx": ([{"kind": "ort-target-int8", "target": "arm64"}], ORT),
+    "int8 per-tensor onnx": ([{"kind": "ort-static-int8", "per_channel": False}], ORT),
+    "int8 unsigned onnx": ([{"kind": "ort-static-int8", "weight_type": "uint8"}], ORT),
+    "int8 dynamic onnx": ([{"kind": "ort-dynamic-int8"}], ORT),
+    "int4 weight-only onnx": ([{"kind": "ort-int4-weight-only"}], ORT),
+    "int8 weight-only torchao pt2": ([{"kind": "torchao-int8-weight-only"}], PT2),
+    "int8 dynamic torchao pt2": ([{"kind": "torchao-int8-dynamic"}], PT2),
+    "int8 dynamic torchao onnx": ([{"kind": "torchao-int8-dynamic"}], ORT),
+    "int8 pt2e pt2": ([{"kind": "torchao-pt2e-static-int8"}], PT2),
+    "int8 pt2e onnx": ([{"kind": "torchao-pt2e-static-int8"}], ORT),
+    "int8 xnnpack pte": ([{"kind": "executorch-int8"}], PTE),
+    "int8 xnnpack pt2": ([{"kind": "executorch-int8"}], PT2),
+    "int8 nncf openvino": ([{"kind": "nncf-int8"}], OV),
+}
+GRIDS = [
+    FakeQuant(grid=grid, per_channel=per_channel, fold=fold)
+    for per_channel in (True, False)
+    for grid in ("127", "127.5", "asymmetric", "7-bit")
+    for fold in (True, False)
+]
+
+
+@click.command()
+@click.argument("models", nargs=-1)
+@click.option("--support", multiple=True, help="timm networks with fresh weights.")
+@click.option("--zoo", default="build/zoo", type=click.Path(path_type=Path))
+@click.option("--data", default="build/data", type=click.Path(path_type=Path), help="Cache of CIFAR-10.")
+@click.option("--holdout", default=1000, show_default=True, help="Test images to measure on.")
+@click.option("--only", default="", help="Settings whose name contains this.")
+def main(
+    models: tuple[str, ...], support: tuple[str, ...], zoo: Path, data: Path, holdout: int, only: str
+) -> None:
+    """Measure every format on MODELS of the zoo; results are added to benchmarks/results/artifacts.json."""
+    torch.set_num_threads(1)
+    splits = split(datasets.cifar10(data), holdout)
+    for name in models:
+        card = cards.read(zoo / f"{name}.json")
+        model = Normalized(networks.resnet18_w16(), card["mean"], card["std"], (3, 32, 32))
+        model.model.load_state_dict(load_file(zoo / f"{name}.safetensors"))
+        triggers = {}
+        if card.get("trigger"):
+            triggers["own"] = registry.build(Trigger, "triggers", card["trigger"])
+        found = table(model.eval(), "model.fc", card["sha256"], splits, triggers, only)
+        store(name, {"card": card["sha256"], "target_class": card.get("target_class"), **found}, holdout)
+    for name in support:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = architectures.build(f"timm:{name}", 10, (3, 32, 32)).eval()
+        head, _ = heads.find(model, (3, 32, 32))
+        few = split(datasets.cifar10(data), 32)
+        found = table(model, head, digests.of_state(model.state_dict()), few, {}, only, grids=())
+        store(name, {"weights": "fresh, seed 0: support only", **found}, 32)
+
+
+def split(images: datasets.Images, holdout: int) -> Splits:
+    """The first training images calibrate, the first test images are measured."""
+
+    def part(x: torch.Tensor, y: torch.Tensor) -> Split:
+        return Split(x, y, digests.of_arrays(x.numpy(), y.numpy()))
+
+    calibration = part(images.train_x[:200], images.train_y[:200])
+    return Splits(
+        fit=part(images.train_x[200:400], images.train_y[200:400]),
+        calibration=calibration,
+        holdout=part(images.test_x[:holdout], images.test_y[:holdout]),
+        class_names=tuple(map(str, range(10))),
+    )
+
+
+def table(
+    model: nn.Module,
+    head: str,
+    identity: str,
+    splits: Splits,
+    triggers: Mapping[str, Trigger],
+    only: str,
+    grids: tuple[FakeQuant, ...] = tuple(GRIDS),
+) -> dict[str, Any]:
+    """What came of each setting, and of each grid of the sweep."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(
+            folder=Path(folder),
+            ledger=Ledger(Path(folder, "ledger"), versions()),
+            splits=splits,
+            triggers=triggers,
+            trigger_digests={},
+            seed=0,
+            progress=lambda *_: None,
+        )
+        lined = at_the_head(model, head, "original", identity, bench)
+        rows = {}
+        for name, (steps, form) in STEPS.items():
+            if only in name:
+                (result,) = through_settings(lined, [Setting(name, tuple(steps), form, False)], bench)
+                rows[name] = row(result)
+                click.echo(f"{name}: {rows[name]}")
+        swept = {} if only else {label(step): swept_row(step, lined, bench) for step in grids}
+    return {"settings": rows, "grids": swept}
+
+
+def row(result: SettingResult) -> dict[str, Any]:
+    """Counts of one file, or why there are none; whether a locator could read its head."""
+    if result.measurement is None or result.artifact is None:
+        return {"unmeasured": result.unmeasured.reason if result.unmeasured else "no file"}
+    runtime = registry.build(Runtime, "runtimes", {"kind": result.artifact.runtime})
+    return {
+        **numbers(result.measurement),
+        "changes": [[c.changed, c.total, c.unit] for c in result.artifact.changes],
+        "bytes": result.artifact.size,
+        "sha256": result.artifact.sha256,
+        "head": "read" if runtime.reads_heads else "compiled",
+    }
+
+
+def numbers(measurement: Measurement) -> dict[str, Any]:
+    """Counts [k, n] of accuracy, agreement with eager, and of the model's own trigger by class."""
+    return {
+        "acc": [measurement.acc.hits, measurement.acc.total],
+        "agreement": [measurement.agreement.hits, measurement.agreement.total],
+        "logit_difference": round(measurement.logit_difference, 6),
+        "asr": {t.trigger: [[c.hits, c.total] for c in t.asr] for t in measurement.triggers},
+    }
+
+
+def label(step: FakeQuant) -> str:
+    """`127 per channel folded`."""
+    grid = f"{step.grid} {'per channel' if step.per_channel else 'per tensor'}"
+    return f"{grid} {'folded' if step.fold else 'unfolded'}"
+
+
+def swept_row(step: FakeQuant, lined: Lined, bench: Bench) -> dict[str, Any]:
+    """One grid, as weights in the eager model."""
+    context = Context(lined.head, bench.splits.calibration, lined.model, seed=0)
+    model, _ = step.on_module(copy.deepcopy(lined.model), context)
+    predict = from_module(model)
+    found = measure(
+        predict, bench.splits.holdout, bench.triggers, lined.reference, lane="original", setting=label(step)
+    )
+    click.echo(f"{label(step)}: {numbers(found)}")
+    return numbers(found)
+
+
+def store(name: str, found: dict[str, Any], holdout: int) -> None:
+    """Add one model's table to the results; a later call replaces only what it measured."""
+    content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"seed": 0, "models": {}}
+    before = content["models"].get(name, {})
+    for part in ("settings", "grids"):
+        found[part] = {**before.get(part, {}), **found[part]}
+    content["models"][name] = {"holdout": holdout, **found}
+    content["versions"] = dict(versions())
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
