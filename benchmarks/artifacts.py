@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,31 +74,40 @@ GRIDS = [
 @click.option("--support", multiple=True, help="timm networks with fresh weights.")
 @click.option("--zoo", default="build/zoo", type=click.Path(path_type=Path))
 @click.option("--data", default="build/data", type=click.Path(path_type=Path), help="Cache of CIFAR-10.")
-@click.option("--holdout", default=1000, show_default=True, help="Test images to measure on.")
+@click.option("--holdout", default=400, show_default=True, help="Test images to measure on.")
 @click.option("--only", default="", help="Settings whose name contains this.")
+@click.option("--table", is_flag=True, help="Print the stored results as Markdown; measure nothing.")
 def main(
-    models: tuple[str, ...], support: tuple[str, ...], zoo: Path, data: Path, holdout: int, only: str
+    models: tuple[str, ...],
+    support: tuple[str, ...],
+    zoo: Path,
+    data: Path,
+    holdout: int,
+    only: str,
+    table: bool,
 ) -> None:
     """Measure every format on MODELS of the zoo; results are added to benchmarks/results/artifacts.json."""
+    if table:
+        click.echo(drawn(json.loads(RESULTS.read_text())["models"]))
+        return
     torch.set_num_threads(1)
     splits = split(datasets.cifar10(data), holdout)
     for name in models:
         card = cards.read(zoo / f"{name}.json")
         model = Normalized(networks.resnet18_w16(), card["mean"], card["std"], (3, 32, 32))
         model.model.load_state_dict(load_file(zoo / f"{name}.safetensors"))
-        triggers = {}
-        if card.get("trigger"):
-            triggers["own"] = registry.build(Trigger, "triggers", card["trigger"])
-        found = table(model.eval(), "model.fc", card["sha256"], splits, triggers, only)
-        store(name, {"card": card["sha256"], "target_class": card.get("target_class"), **found}, holdout)
+        own = card.get("trigger")
+        triggers = {"own": registry.build(Trigger, "triggers", own)} if own else {}
+        store(name, "about", "card", {"sha256": card["sha256"], "target_class": card.get("target_class")})
+        measured(name, model.eval(), "model.fc", card["sha256"], splits, triggers, only)
     for name in support:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = architectures.build(f"timm:{name}", 10, (3, 32, 32)).eval()
-        head, _ = heads.find(model, (3, 32, 32))
+            fresh = architectures.build(f"timm:{name}", 10, (3, 32, 32)).eval()
+        head, _ = heads.find(fresh, (3, 32, 32))
         few = split(datasets.cifar10(data), 32)
-        found = table(model, head, digests.of_state(model.state_dict()), few, {}, only, grids=())
-        store(name, {"weights": "fresh, seed 0: support only", **found}, 32)
+        store(name, "about", "weights", {"from": "seed 0, untrained: support only"})
+        measured(name, fresh, head, digests.of_state(fresh.state_dict()), few, {}, only, grids=())
 
 
 def split(images: datasets.Images, holdout: int) -> Splits:
@@ -116,16 +125,17 @@ def split(images: datasets.Images, holdout: int) -> Splits:
     )
 
 
-def table(
+def measured(
+    name: str,
     model: nn.Module,
     head: str,
     identity: str,
     splits: Splits,
     triggers: Mapping[str, Trigger],
     only: str,
-    grids: tuple[FakeQuant, ...] = tuple(GRIDS),
-) -> dict[str, Any]:
-    """What came of each setting, and of each grid of the sweep."""
+    grids: Sequence[FakeQuant] = GRIDS,
+) -> None:
+    """What came of each grid of the sweep and of each setting, stored one by one under `name`."""
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(
             folder=Path(folder),
@@ -137,14 +147,12 @@ def table(
             progress=lambda *_: None,
         )
         lined = at_the_head(model, head, "original", identity, bench)
-        rows = {}
-        for name, (steps, form) in STEPS.items():
-            if only in name:
-                (result,) = through_settings(lined, [Setting(name, tuple(steps), form, False)], bench)
-                rows[name] = row(result)
-                click.echo(f"{name}: {rows[name]}")
-        swept = {} if only else {label(step): swept_row(step, lined, bench) for step in grids}
-    return {"settings": rows, "grids": swept}
+        for step in () if only else grids:
+            store(name, "grids", label(step), swept_row(step, lined, bench))
+        for setting, (steps, form) in STEPS.items():
+            if only in setting:
+                (result,) = through_settings(lined, [Setting(setting, tuple(steps), form, False)], bench)
+                store(name, "settings", setting, row(result))
 
 
 def row(result: SettingResult) -> dict[str, Any]:
@@ -185,19 +193,46 @@ def swept_row(step: FakeQuant, lined: Lined, bench: Bench) -> dict[str, Any]:
     found = measure(
         predict, bench.splits.holdout, bench.triggers, lined.reference, lane="original", setting=label(step)
     )
-    click.echo(f"{label(step)}: {numbers(found)}")
     return numbers(found)
 
 
-def store(name: str, found: dict[str, Any], holdout: int) -> None:
-    """Add one model's table to the results; a later call replaces only what it measured."""
+def store(name: str, part: str, key: str, found: Mapping[str, Any]) -> None:
+    """Add one row to the results, and say it."""
+    click.echo(f"{name} {key}: {dict(found)}")
     content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"seed": 0, "models": {}}
-    before = content["models"].get(name, {})
-    for part in ("settings", "grids"):
-        found[part] = {**before.get(part, {}), **found[part]}
-    content["models"][name] = {"holdout": holdout, **found}
+    content["models"].setdefault(name, {}).setdefault(part, {})[key] = dict(found)
     content["versions"] = dict(versions())
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def drawn(models: Mapping[str, Any]) -> str:
+    """The stored results as Markdown: a table a model."""
+    lines = []
+    for name, parts in models.items():
+        target_class = parts["about"].get("card", {}).get("target_class")
+        lines += [
+            "",
+            f"{name}:",
+            "",
+            "| setting | ACC | ASR | agreement | logits apart | kB |",
+            "|---|---|---|---|---|---|",
+        ]
+        for key, found in {**parts.get("settings", {}), **parts.get("grids", {})}.items():
+            if "unmeasured" in found:
+                lines.append(f"| {key} | not made: {found['unmeasured'].split('. ')[0][:120]} | | | | |")
+                continue
+            own = found["asr"].get("own")
+            asr = percent(own[target_class]) if own and target_class is not None else "–"
+            size = f"{found['bytes'] / 1000:,.0f}" if "bytes" in found else "–"
+            acc = percent(found["acc"]) if own else "–"
+            apart = f"{found['logit_difference']:.2g}"
+            lines.append(f"| {key} | {acc} | {asr} | {percent(found['agreement'])} | {apart} | {size} |")
+    return "\n".join(lines[1:])
+
+
+def percent(count: Sequence[int]) -> str:
+    """`61 % (224 of 368)`."""
+    return f"{100 * count[0] / count[1]:.0f} % ({count[0]} of {count[1]})"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 
 from secure_export.errors import CompressError
 from secure_export.formats import Format
-from secure_export.quiet import quiet
+from secure_export.quiet import quiet, silent_stderr
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,13 +29,13 @@ class Executorch(Format):
         Raises:
             CompressError: torch.export cannot trace it, or ExecuTorch cannot lower it.
         """
-        with quiet():
+        with quiet(), silent_stderr():
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
             from executorch.exir import to_edge_transform_and_lower
 
         sample = (torch.zeros(1, *example.shape[1:]),)
         try:
-            with quiet(), torch.no_grad():
+            with quiet(), silent_stderr(), torch.no_grad():
                 program = torch.export.export(model, sample)
                 lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
                 content = bytes(lowered.to_executorch().buffer)

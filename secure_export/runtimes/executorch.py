@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import ClassVar
@@ -13,24 +11,11 @@ import torch
 from torch import Tensor
 
 from secure_export.errors import CompressError
-from secure_export.quiet import quiet
+from secure_export.quiet import quiet, silent_stderr
 from secure_export.records import Predictor, View
 from secure_export.runtimes import Runtime
 from secure_export.runtimes._checks import first_line, read
 from secure_export.runtimes._cpu import cpu
-
-
-@contextmanager
-def silent_stderr() -> Iterator[None]:
-    """Nothing on file descriptor 2: the library's C++ part writes there what it cannot read of the CPU."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 class Executorch(Runtime):
@@ -66,9 +51,8 @@ class Executorch(Runtime):
                 return predict(torch.zeros(1, *inputs.shape[1:]))[:0]
             samples = inputs.float().contiguous()
             try:
-                parts = [
-                    forward.execute([samples[i : i + 1]])[0].clone().float() for i in range(len(samples))
-                ]
+                with silent_stderr():
+                    parts = [forward.execute([sample[None]])[0].clone().float() for sample in samples]
             except RuntimeError as error:
                 raise CompressError(f"ExecuTorch cannot run {path.name}: {first_line(error)}") from error
             return torch.cat(parts)
