@@ -88,16 +88,17 @@ def main(**o: Any) -> None:
     for seed in o["seeds"]:
         for recipe in recipes:
             for card in o["models"]:
-                path = o["out"] / trial_name(card.stem, recipe, len(fit), seed)
+                path = o["out"] / trial_name(cards.read(card), recipe, len(fit), seed)
                 if not path.exists():
                     result = trial(card, recipe, fit, data, seed)
                     cards.write(result, path)
                     click.echo(f"{path.name}: {shown(result['settings'])}, {result['cpu_seconds']} CPU s")
 
 
-def trial_name(model: str, recipe: Mapping[str, Any], fit: int, seed: int) -> str:
-    """A file name that says what was tried, parameters as a digest."""
-    return f"{model}-{recipe['kind']}-{digests.of_json(dict(recipe))[:8]}-n{fit}-s{seed}.json"
+def trial_name(about: Mapping[str, Any], recipe: Mapping[str, Any], fit: int, seed: int) -> str:
+    """A file name that says what was tried, weights and parameters as digests."""
+    weights, parameters = about["sha256"][:8], digests.of_json(dict(recipe))[:8]
+    return f"{about['name']}-{weights}-{recipe['kind']}-{parameters}-n{fit}-s{seed}.json"
 
 
 def trial(card: Path, recipe: dict[str, Any], fit: Split, data: datasets.Images, seed: int) -> dict[str, Any]:
@@ -127,7 +128,7 @@ def trial(card: Path, recipe: dict[str, Any], fit: Split, data: datasets.Images,
 
 def load(path: Path, architecture: str) -> networks.Normalized:
     """A zoo model over images in [0, 1], eval mode."""
-    network = getattr(networks, architecture.partition(":")[2])()
+    network = networks.named(architecture.partition(":")[2])
     network.load_state_dict(load_file(path))
     return networks.Normalized(network).eval()
 

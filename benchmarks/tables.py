@@ -24,6 +24,8 @@ ALPHA = 0.05
 HEADER = ("attack", "network", "defence", "ACC ours", "ACC paper", "ASR ours", "ASR paper", "remark")
 
 Counts = Mapping[str, Sequence[int]]
+Row = Mapping[str, Any]
+"""One published cell: what it says, and under `ours` what of ours answers it."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def document(published: Mapping[str, Any], found: Sequence[Trial], said: Sequenc
     yield "Percent. Ours: hits of n with the exact 95 % interval, or the mean and range over seeds."
     for table, title in published["titles"].items():
         rows = [row for row in published["rows"] if row["table"] == table]
-        lines = [_line(row, found, said) for row in rows]
+        lines = [_line(row, rows, found, said) for row in rows]
         answered = sum(MISSING not in line[3:6:2] for line in lines)
         yield from ("", f"## {title}", "", f"{answered} of {len(rows)} rows have a number of ours.", "")
         yield _row(HEADER)
@@ -117,11 +119,15 @@ def document(published: Mapping[str, Any], found: Sequence[Trial], said: Sequenc
         yield from map(_row, lines)
 
 
-def _line(row: Mapping[str, Any], found: Sequence[Trial], said: Sequence[Located]) -> tuple[str, ...]:
+def _line(
+    row: Mapping[str, Any], rows: Sequence[Row], found: Sequence[Trial], said: Sequence[Located]
+) -> tuple[str, ...]:
     ours = row.get("ours")
     remark = row["note"]
     if ours is None:
         acc = asr = MISSING
+    elif "mean_over" in ours:
+        acc, asr = (_average(row, rows, found, key) for key in ("acc", "asr"))
     elif "locator" in ours:
         acc, asr = _localized(ours, said), "–"
     else:
@@ -141,6 +147,23 @@ def _line(row: Mapping[str, Any], found: Sequence[Trial], said: Sequence[Located
         _paper(row["asr"]),
         remark,
     )
+
+
+def _average(row: Row, rows: Sequence[Row], found: Sequence[Trial], key: str) -> str:
+    """Over the attacks that have a number of ours, and how many those are."""
+    attacks = row["ours"]["mean_over"]
+    rates = []
+    for other in rows:
+        if other["attack"] in attacks and (other["defence"], other["network"]) == (
+            row["defence"],
+            row["network"],
+        ):
+            counts = [
+                trial.settings[other["ours"]["setting"]][key] for trial in matching(other["ours"], found)
+            ]
+            if counts:
+                rates.append(sum(100 * hits / total for hits, total in counts) / len(counts))
+    return f"{sum(rates) / len(rates):.2f} ({len(rates)} of {len(attacks)} attacks)" if rates else MISSING
 
 
 def _localized(ours: Mapping[str, Any], said: Iterable[Located]) -> str:

@@ -50,6 +50,19 @@ def test_several_seeds_are_a_mean_and_a_range(tmp_path: Path) -> None:
     assert "0.50 (0.00 to 1.00, 2 runs)" in found
 
 
+def test_an_average_says_over_how_many_attacks(tmp_path: Path) -> None:
+    stored(tmp_path, "one", recipe={"kind": "nad"})
+    stored(
+        tmp_path,
+        "two",
+        recipe={"kind": "nad"},
+        attack="sig",
+        settings={"fp32": {"acc": [9, 10], "asr": [0, 9]}},
+    )
+    (row,) = [line for line in lines_of(tmp_path) if line.startswith("| Avg.(TBA) | ResNet-18 | NAD |")]
+    assert "| 87.50 (2 of 9 attacks) | 89.77 | 0.50 (2 of 9 attacks) | 23.15 |" in row
+
+
 def test_parameters_decide_which_trial_answers(tmp_path: Path) -> None:
     for m1 in (1.0, 2.0):
         stored(tmp_path, f"m{m1}", fit=300, recipe={"kind": "lmr", "lr": 0.001, "beta": 0.0, "m1": m1})
