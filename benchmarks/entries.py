@@ -99,7 +99,7 @@ def computed(module: Any, trigger_recipe: Any, recipe: Any = SHORT) -> Entry:
     return Entry(name, recipe, implant, BRIEFLY, None, module.make, trigger_recipe)
 
 
-LONG_QCB = qcb.Qcb(joint=1000, settle=700, lr=0.005, settle_lr=0.008, room=2.5, awake=1.2)
+LONG_QCB = qcb.Qcb(joint=1000, settle=300, lr=0.005, settle_lr=0.005, room=2.5, awake=1.2, statistics=0.2)
 """The conditional backdoor of the main job: four times the usual steps, to stay at 85 %."""
 
 ZOO = {
