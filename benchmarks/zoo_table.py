@@ -25,14 +25,15 @@ def main(out: Path, result: Path) -> None:
     click.echo("|---|---|---|---|---|---|")
     for card in found:
         for setting, values in card["measured"].items():
-            click.echo(row(card["name"], setting, values))
+            planted = state(values) if card["attack"] != "none" else "control"
+            click.echo(row(card["name"], setting, values, planted))
 
 
-def row(name: str, setting: str, values: dict[str, list[int]]) -> str:
+def row(name: str, setting: str, values: dict[str, list[int]], planted: str) -> str:
     """One line; further counts (other classes, a second trigger) stand behind the ASR."""
     more = [f"{key} {percent(value)}" for key, value in values.items() if key not in ("acc", "asr", "ftr")]
     asr = ", ".join([percent(values["asr"]), *more])
-    cells = [name, setting, percent(values["acc"]), asr, percent(values["ftr"]), state(values)]
+    cells = [name, setting, percent(values["acc"]), asr, percent(values["ftr"]), planted]
     return f"| {' | '.join(cells)} |"
 
 
