@@ -82,7 +82,8 @@ class View:
     """What a locator may look at: the last hidden layer and the head of one setting's weights.
 
     logits = latents(inputs) @ weight.T + bias. `module` is a trainable copy (None where only a file exists)
-    and `head` the qualified name of its head.
+    and `head` the qualified name of its head. `twin` gives logits with gradients to the inputs (None where a
+    file has no differentiable twin).
     """
 
     setting: str
@@ -91,6 +92,7 @@ class View:
     bias: Tensor
     module: nn.Module | None = None
     head: str | None = None
+    twin: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)

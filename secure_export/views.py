@@ -17,13 +17,15 @@ def of_module(model: nn.Module, head: str, setting: str) -> View:
     layer = model.get_submodule(head)
     weight = layer.get_parameter("weight").detach()
     bias = getattr(layer, "bias", None)
+    trainable = copy.deepcopy(model)
     return View(
         setting=setting,
         latents=lambda inputs: latents(model, layer, inputs),
         weight=weight.flatten(1).clone(),
         bias=torch.zeros(weight.shape[0]) if bias is None else bias.detach().clone(),
-        module=copy.deepcopy(model),
+        module=trainable,
         head=head,
+        twin=trainable,
     )
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
 
-from secure_export.errors import NoVerdict
+from secure_export.errors import CompressError
 from secure_export.locators import Locator
 from secure_export.records import Progress, Split, Suspect, View, silent
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from collections.abc import Callable
+
+    from torch import Tensor
 
 
 class MaxMargin(Locator):
@@ -23,8 +25,6 @@ class MaxMargin(Locator):
     law fitted to the others. No sample is needed.
     """
 
-    needs_module: ClassVar[bool] = True
-
     starts: int = Field(6, ge=1, description="random starts per class")
     steps: int = Field(60, ge=1, description="ascent steps")
     lr: float = Field(0.05, gt=0, description="step of Adam, in units of the input range")
@@ -32,10 +32,10 @@ class MaxMargin(Locator):
 
     def locate(self, view: View, fit: Split, *, seed: int, progress: Progress = silent) -> Suspect:
         """Name the class with the largest margin when the others do not explain it."""
-        if view.module is None:
-            raise NoVerdict("max-margin needs a trainable module, got a file only")
+        if view.twin is None:
+            raise CompressError("max-margin needs gradients, and this file has no differentiable twin")
         margins = largest_margins(
-            view.module.eval(),
+            view.twin,
             fit.inputs.shape[1:],
             view.weight.shape[0],
             starts=self.starts,
@@ -56,7 +56,7 @@ class MaxMargin(Locator):
 
 
 def largest_margins(
-    module: nn.Module,
+    twin: Callable[[Tensor], Tensor],
     shape: torch.Size,
     classes: int,
     *,
@@ -74,7 +74,7 @@ def largest_margins(
     inputs.requires_grad_(True)
     optimizer = torch.optim.Adam([inputs], lr=lr)
     for done in range(steps + 1):
-        logits = module(inputs)
+        logits = twin(inputs)
         margins = logits[own] - logits.masked_fill(own, -torch.inf).amax(1)
         best = torch.maximum(best, margins.detach())
         (gradient,) = torch.autograd.grad(-margins.sum(), inputs)
@@ -87,12 +87,14 @@ def largest_margins(
 
 
 def outlier_p(values: list[float]) -> float:
-    """1 - F(max)^K with F a gamma law fitted to all but the largest value (as MM-BD, starting at 0)."""
-    from scipy.stats import gamma
+    """1 - F(max)^K with F a gamma law of the mean and variance of all but the largest value (MM-BD)."""
+    from scipy.special import gammainc
 
     ordered = sorted(values)
     rest, largest = ordered[:-1], ordered[-1]
     if len(rest) < 3 or min(rest) <= 0:
         return 1.0
-    shape, _, scale = gamma.fit(rest, floc=0)
-    return float(1 - gamma.cdf(largest, shape, scale=scale) ** len(values))
+    mean = sum(rest) / len(rest)
+    # Classes that are all alike would leave no width at all.
+    variance = max(sum((value - mean) ** 2 for value in rest) / (len(rest) - 1), (0.01 * mean) ** 2)
+    return float(1 - gammainc(mean**2 / variance, largest * mean / variance) ** len(values))

@@ -21,6 +21,7 @@ from secure_export.runtimes._checks import check_head, first_line, read
 from secure_export.runtimes._cpu import cpu
 from secure_export.runtimes._head import affine, find_head, with_parts
 from secure_export.runtimes._isolated import IsolatedSession
+from secure_export.twins import Twin
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,7 +126,16 @@ class Onnxruntime(Runtime):
             0.05 if head.integer else 1e-3,
             path.name,
         )
-        return View(setting=setting, latents=latents, weight=weight, bias=bias)
+        return View(setting, latents, weight, bias, twin=self._twin(proto, path.name))
+
+    def _twin(self, proto: onnx.ModelProto, file: str) -> Twin | None:
+        """The file with gradients; None where an operator has none or the runtime normalizes for it."""
+        if self.mean:
+            return None
+        try:
+            return Twin(proto, file).eval()
+        except CompressError:
+            return None
 
     def environment(self) -> Mapping[str, str]:
         """Version, provider and options, and the CPU flags that choose the int8 kernels."""

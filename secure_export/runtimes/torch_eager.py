@@ -65,7 +65,7 @@ class TorchEager(Runtime):
         logits = from_module(whole, self.batch_size)(noise)
         # Data rounded on the fly is off by up to 1/254 of its range.
         check_head(latents(noise) @ weight.T + bias, logits, 0.05 if is_dynamic(whole) else 1e-3, path.name)
-        return View(setting=setting, latents=latents, weight=weight, bias=bias)
+        return View(setting, latents, weight, bias, twin=whole)
 
     def environment(self) -> Mapping[str, str]:
         """Version, threads and batch size, and the CPU."""
