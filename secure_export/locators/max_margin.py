@@ -34,16 +34,20 @@ class MaxMargin(Locator):
         """Name the class with the largest margin when the others do not explain it."""
         if view.twin is None:
             raise CompressError("max-margin needs gradients, and this file has no differentiable twin")
-        margins = largest_margins(
-            view.twin,
-            fit.inputs.shape[1:],
-            view.weight.shape[0],
-            starts=self.starts,
-            steps=self.steps,
-            lr=self.lr,
-            generator=torch.Generator().manual_seed(seed),
-            progress=progress,
-        )
+        try:
+            margins = largest_margins(
+                view.twin,
+                fit.inputs.shape[1:],
+                view.weight.shape[0],
+                starts=self.starts,
+                steps=self.steps,
+                lr=self.lr,
+                generator=torch.Generator().manual_seed(seed),
+                progress=progress,
+            )
+        except (NotImplementedError, RuntimeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise CompressError(f"max-margin needs gradients, and the twin gives none: {reason}") from error
         named = int(margins.argmax())
         p = outlier_p(margins.tolist())
         return Suspect(
