@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,14 +10,12 @@ import torch
 
 from secure_export import registry, views
 from secure_export.errors import CompressError, NoVerdict
-from secure_export.formats.onnx import Onnx
 from secure_export.locators import Locator
 from secure_export.locators.anti_learning import AntiLearning
 from secure_export.locators.latent_shift import LatentShift, least_distance, shift_norms
 from secure_export.locators.max_margin import MaxMargin
 from secure_export.records import Split, Suspect, View
-from secure_export.runtimes.onnxruntime import Onnxruntime
-from tests import digits, toys
+from tests import digits
 
 KINDS = registry.names("locators")
 
@@ -158,16 +155,6 @@ def test_latent_shift_does_not_judge_a_half_collapsed_model() -> None:
     assert 0.1 < float(suspect.evidence["excess"]) < 0.4
     assert suspect.evidence["collapsed"] is True
     assert suspect.target_class is None
-
-
-def test_max_margin_reads_a_file_through_its_twin(tmp_path: Path) -> None:
-    path = tmp_path / "fp32.onnx"
-    inputs, labels = toys.samples(100)
-    split = Split(torch.tensor(inputs), torch.tensor(labels), "toy")
-    Onnx().write(toys.awake(), split.floats(slice(0, 2)), path)
-    scores = MaxMargin(starts=2, steps=40).locate(Onnxruntime().view(path, "fp32"), split, seed=0).scores
-    others = [score for c, score in enumerate(scores) if c != toys.TARGET]
-    assert scores[toys.TARGET] > 1.5 * max(others)
 
 
 def test_max_margin_says_when_a_file_gives_no_gradient() -> None:
