@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,7 +12,6 @@ from torch.func import functional_call
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-Kind = Literal["full", "int8", "pruned"]
 LEVELS = 127
 
 

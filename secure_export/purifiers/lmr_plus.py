@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,35 +10,21 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from secure_export.purifiers import Purifier, _inversion, _training, _views
+from secure_export.purifiers._draws import Draws
 from secure_export.purifiers._inversion import Budget, Family, Triggers
 from secure_export.purifiers._training import Augment
-from secure_export.purifiers._views import Kind, View
 from secure_export.records import Progress, Purified, Split, silent
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 
+    from secure_export.purifiers._views import View
+
 Pair = tuple[float, float]
 WARMUP = 20
 """Steps of rising learning rate: the first perturbations succeed everywhere, so gradients are large."""
-
-
 FIRST_TRIES, FOUND = 3, 0.9
 """Searches before the first training, unless one succeeds on so many: nothing may wake in a drawn view."""
-RECALIBRATED = 0.75
-"""Share of pruned views with new BatchNorm statistics: most deployers recalibrate, some do not."""
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A compression with all its chances taken, so that two models can be seen under the same."""
-
-    kind: Kind
-    channels: bool
-    """Whether whole channels are cut, or single weights."""
-    ratio: float
-    clean: Tensor | None
-    """Indices into fit of the samples that give new BatchNorm statistics; None: the old ones stay."""
 
 
 class LmrPlus(Purifier):
@@ -117,12 +102,15 @@ class _Run:
     def __init__(
         self, knobs: LmrPlus, model: nn.Module, head: str, target: int, fit: Split, generator: Generator
     ) -> None:
-        self.knobs, self.model, self.head, self.target = knobs, model.eval(), head, target
+        self.knobs, self.model, self.target = knobs, model.eval(), target
         self.fit, self.generator = fit, generator
         self.others, self.own = fit.floats(fit.labels != target), fit.floats(fit.labels == target)
         self.teacher = copy.deepcopy(model).requires_grad_(False)
         _views.add_rounding_noise(model, knobs.noise, generator)
-        self.norms = _views.followers(model, self.others[:2])
+        followers = _views.followers(model, self.others[:2])
+        self.draws = Draws(
+            knobs.views, knobs.prune_ratio, head, followers, fit, 2 * knobs.batch_size, generator
+        )
         self.families = [f for f in knobs.families if _inversion.applicable(f, self.others)] or ["l2"]
         self.budget = Budget(knobs.patch_area, knobs.l2_rms, knobs.linf)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=knobs.lr)
@@ -153,8 +141,8 @@ class _Run:
     def search(self, family: Family) -> tuple[Triggers, float]:
         """New perturbations, and the best one's success on a part of the fit samples."""
         knobs = self.knobs
-        drawn = self.draw_working()
-        view, original = self.view(self.model, drawn), self.view(self.teacher, drawn)
+        drawn = self.draws.working(self.teacher, self.others[:128])
+        view, original = self.draws.view(self.model, drawn), self.draws.view(self.teacher, drawn)
         budget = self.budget.draw(family, knobs.width, self.others.shape[1:], self.generator)
         triggers = _inversion.universal(
             [view, original] if knobs.shared else [view],
@@ -177,45 +165,6 @@ class _Run:
         index = torch.randperm(len(known), generator=self.generator)[: self.knobs.width // 2]
         return Triggers(known.keep[index], known.add[index])
 
-    def draw(self) -> Drawn:
-        """One of the compressions, by the odds."""
-        kinds: tuple[Kind, ...] = ("full", "int8", "pruned")
-        kind = kinds[int(torch.multinomial(torch.tensor(self.knobs.views), 1, generator=self.generator))]
-        low, high = self.knobs.prune_ratio
-        chances = torch.rand(3, generator=self.generator).tolist()
-        clean = torch.randperm(len(self.fit), generator=self.generator)[: 2 * self.knobs.batch_size]
-        return Drawn(
-            kind,
-            channels=chances[0] < 0.5,
-            ratio=low + (high - low) * chances[1],
-            clean=clean if chances[2] < RECALIBRATED else None,
-        )
-
-    def draw_working(self) -> Drawn:
-        """A compression that leaves the original half of its answers: in a ruin any perturbation succeeds."""
-        drawn, some = self.draw(), self.others[:128]
-        with torch.no_grad():
-            answers = self.teacher(some).argmax(1)
-            while drawn.kind == "pruned" and drawn.ratio > 0.01:
-                if float((self.view(self.teacher, drawn)(some).argmax(1) == answers).float().mean()) >= 0.5:
-                    break
-                drawn = replace(drawn, ratio=drawn.ratio / 2)
-        return drawn
-
-    def view(self, model: nn.Module, drawn: Drawn) -> View:
-        """`model` under that compression."""
-        if drawn.kind == "full":
-            return View(model, {})
-        if drawn.kind == "int8":
-            return View(model, _views.int8_weights(model))
-        if drawn.channels:
-            weights = _views.masked_weights(model, drawn.ratio, self.norms, self.head)
-        else:
-            weights = _views.sparse_weights(model, drawn.ratio, self.head)
-        if drawn.clean is None:
-            return View(model, weights)
-        return View(model, weights, _views.calibrated_buffers(model, weights, self.fit.floats(drawn.clean)))
-
     def train_step(self) -> float:
         """One step on clean samples (always full precision) and on stamped ones (a drawn view)."""
         knobs = self.knobs
@@ -229,8 +178,8 @@ class _Run:
             wanted = self.teacher(clean)
             wanted[:, self.target] -= knobs.drop * (labels != self.target)
             kept = self.teacher(unstamped)
-        drawn = self.draw()
-        view = self.view(self.model, drawn)
+        drawn = self.draws.draw()
+        view = self.draws.view(self.model, drawn)
         loss = knobs.hold * distance(self.model(clean), wanted, knobs.temperature)
         if drawn.kind == "pruned":
             loss = loss + self.pruned_loss(view, stamped, unstamped)
