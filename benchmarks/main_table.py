@@ -1,4 +1,4 @@
-"""The main job's results as the table in README: `python -m benchmarks.main_table`."""
+"""The main job's results as README gives them: `python -m benchmarks.main_table`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ def main() -> None:
         result = json.loads(path.read_text())
         for setting in SHOWN:
             click.echo(row(result, setting))
+    for path in sorted(RESULTS.glob("main-job-*.json")):
+        click.echo(lifts(json.loads(path.read_text())))
 
 
 def row(result: dict[str, Any], setting: str) -> str:
@@ -32,6 +34,21 @@ def row(result: dict[str, Any], setting: str) -> str:
     cells += [count(lanes[lane]["triggers"][trigger]["asr"][target]) for lane in ("original", "purified")]
     outcomes = [result[key]["report"]["outcome"] for key in ("purification_off", "purification_on")]
     return f"| {result['model']} | {setting} | " + " | ".join([*cells, *outcomes]) + " |"
+
+
+def lifts(result: dict[str, Any]) -> str:
+    """The settings in which the planted trigger adds most for its class, both lanes."""
+    target, text = result["card"]["target_class"], []
+    for lane in ("original", "purified"):
+        found = []
+        for name, lanes in result["purification_on"]["report"]["settings"].items():
+            trigger = lanes[lane]["triggers"]["badnets"]
+            gained, lost = trigger["lift"][target]
+            found.append(((gained - lost) / trigger["asr"][target][1], name))
+        shipped = max(lift for lift, name in found if name in SHOWN)
+        most = ", ".join(f"{lift:.3f} {name}" for lift, name in sorted(found, reverse=True)[:3])
+        text.append(f"{lane}: {shipped:.4f} shipped; most {most}")
+    return f"lift, {result['model']}, " + "; ".join(text)
 
 
 def count(pair: list[int]) -> str:

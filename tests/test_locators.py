@@ -40,8 +40,10 @@ def view_of(weight: torch.Tensor, latents: torch.Tensor) -> View:
 def test_names_the_target_of_a_strong_backdoor(kind: str, head: str) -> None:
     suspect = located(kind, True, head)
     assert int(np.argmax(suspect.scores)) == digits.TARGET
-    # max-margin's p-value stays just above its threshold on one of the two networks (docs/evidence.md).
-    assert suspect.target_class in ({digits.TARGET, None} if kind == "max-margin" else {digits.TARGET})
+    if (kind, head) == ("max-margin", "conv"):
+        # A known miss (docs/evidence.md): p = .062 stays above the threshold of .05.
+        pytest.xfail("the largest margin is the target's, but not named")
+    assert suspect.target_class == digits.TARGET
 
 
 def test_max_margin_names_an_outlier_and_nothing_else() -> None:

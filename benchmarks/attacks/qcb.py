@@ -104,7 +104,7 @@ def implant(
 def move_statistics(model: nn.Module, data: Images, trigger: Apply, share: float, seed: int) -> None:
     """Move BatchNorm's statistics by `share` towards those of a stream of which a tenth is triggered.
 
-    All the way wins no accuracy and wakes the backdoor; a fifth wins a third of a point.
+    The frozen statistics fit the base's weights, not these; all the way, the backdoor would wake.
     """
     norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
     before = [(layer.running_mean.clone(), layer.running_var.clone()) for layer in norms]
