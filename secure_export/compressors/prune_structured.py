@@ -84,36 +84,42 @@ def prune(
     Raises:
         CompressError: torch-pruning cannot follow this model.
     """
-    import torch_pruning as tp  # 13 s
-
     attentions = timm_attentions(model)
     for attention in attentions:
         # The fused kernel hides how channels depend on each other, and would rescale by the pruned width.
         attention.fused_attn = False
-    own = importance == "own-l1"
     # torch-pruning follows autograd's graph: parameters that need no gradient are silently left as they are.
     model.requires_grad_(True)
     try:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # ViT tokens: pruned along their last axis, which is right
-            pruner = tp.pruner.BasePruner(
-                model,
-                example,
-                importance=tp.importance.MagnitudeImportance(
-                    p=1, group_reduction="first" if own else "mean", normalizer=None if own else "mean"
-                ),
-                global_pruning=global_pruning,
-                pruning_ratio=ratio,
-                ignored_layers=[model.get_submodule(head)],
-                num_heads={attention.qkv: attention.num_heads for attention in attentions},
-            )
-            pruner.step()
+            pruner(model, head, example, ratio, importance, global_pruning).step()
     except UNFOLLOWABLE as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise CompressError(f"prune-structured: torch-pruning cannot follow this model: {reason}") from error
     for attention in attentions:
         attention.head_dim = attention.qkv.out_features // (3 * attention.num_heads)
         attention.attn_dim = attention.head_dim * attention.num_heads
+
+
+def pruner(
+    model: nn.Module, head: str, example: Tensor, ratio: float, importance: str, global_pruning: bool = False
+) -> Any:
+    """torch-pruning's own pruner; its `step()` removes the channels, `step(interactive=True)` lists them."""
+    import torch_pruning as tp  # 13 s
+
+    own = importance == "own-l1"
+    return tp.pruner.BasePruner(
+        model,
+        example,
+        importance=tp.importance.MagnitudeImportance(
+            p=1, group_reduction="first" if own else "mean", normalizer=None if own else "mean"
+        ),
+        global_pruning=global_pruning,
+        pruning_ratio=ratio,
+        ignored_layers=[model.get_submodule(head)],
+        num_heads={attention.qkv: attention.num_heads for attention in timm_attentions(model)},
+    )
 
 
 def timm_attentions(model: nn.Module) -> list[Any]:
