@@ -13,7 +13,7 @@ FEWEST_POSITIONS = 4.0
 
 @dataclass(frozen=True)
 class Perturbation:
-    """R universal perturbations: clamp(keep · warp(x, flow) + add, 0, 1)."""
+    """R universal perturbations: clamp(keep · warp(x, flow) + kernel * x + add, 0, 1)."""
 
     keep: Tensor
     """[R, 1, ...]: share of the input that stays."""
@@ -21,6 +21,8 @@ class Perturbation:
     """[R, ...] in units of the [0, 1] input range."""
     flow: Tensor | None = None
     """[R, H, W, 2] in units of grid_sample (the side is 2), (column, row); None moves nothing."""
+    kernel: Tensor | None = None
+    """[R, C, C, k, ...]: what neighbours and channels add to a value; odd k; None adds nothing."""
 
     def __len__(self) -> int:
         return len(self.add)
@@ -28,7 +30,8 @@ class Perturbation:
     def stamp(self, inputs: Tensor, which: Tensor) -> Tensor:
         """Inputs [N, ...] in [0, 1], each with perturbation number `which` [N]."""
         moved = inputs if self.flow is None else warped(inputs, self.flow[which])
-        return (moved * self.keep[which] + self.add[which]).clamp(0, 1)
+        made = moved * self.keep[which] + self.add[which]
+        return (made if self.kernel is None else made + filtered(inputs, self.kernel[which])).clamp(0, 1)
 
 
 def spatial(shape: torch.Size) -> torch.Size:
@@ -85,3 +88,18 @@ def warped(inputs: Tensor, flow: Tensor) -> Tensor:
     identity = torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1], dim=-1)
     moved = F.grid_sample(images, identity + flow, padding_mode="border", align_corners=True)
     return moved.view_as(inputs)
+
+
+def filtered(inputs: Tensor, kernel: Tensor) -> Tensor:
+    """Inputs [N, C, H, W], [N, C, T] or [N, T], each convolved with its own `kernel` [N, C, C, k, ...].
+
+    At the border the last value is repeated.
+    """
+    channels = inputs if kernel.ndim == inputs.ndim + 1 else inputs[:, None]
+    if not len(inputs):
+        return inputs
+    side = kernel.shape[-1] // 2
+    padded = F.pad(channels, [side] * 2 * (channels.ndim - 2), mode="replicate")
+    convolve = F.conv1d if channels.ndim == 3 else F.conv2d
+    made = convolve(padded.flatten(0, 1)[None], kernel.flatten(0, 1), groups=len(inputs))
+    return made.view_as(inputs)
