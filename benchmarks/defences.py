@@ -105,7 +105,7 @@ def trial(card: Path, recipe: dict[str, Any], fit: Split, data: datasets.Images,
     """One purifier on one model: what it was given, what is left, what it cost."""
     about = cards.read(card)
     purifier = registry.build(Purifier, "purifiers", recipe)
-    model = load(card.with_suffix(".safetensors"), about["architecture"])
+    model = load(card.with_suffix(".safetensors"), about)
     began = (time.monotonic(), time.process_time())
     purified = purifier.purify(model, HEAD, about["target_class"], fit, seed=seed)
     cost = (time.monotonic() - began[0], time.process_time() - began[1])
@@ -126,11 +126,11 @@ def trial(card: Path, recipe: dict[str, Any], fit: Split, data: datasets.Images,
     }
 
 
-def load(path: Path, architecture: str) -> networks.Normalized:
-    """A zoo model over images in [0, 1], eval mode."""
-    network = networks.named(architecture.partition(":")[2])
+def load(path: Path, about: Mapping[str, Any]) -> networks.Normalized:
+    """The zoo model that a card is about, over inputs in [0, 1], eval mode."""
+    network = networks.named(about["architecture"].partition(":")[2], len(about["classes"]))
     network.load_state_dict(load_file(path))
-    return networks.Normalized(network).eval()
+    return networks.Normalized(network, len(about["mean"])).eval()
 
 
 def wanted(about: Mapping[str, Any]) -> tuple[str, ...]:

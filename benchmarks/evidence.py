@@ -17,12 +17,14 @@ from typing import Any
 import click
 import torch
 
-from benchmarks import cards, datasets
-from benchmarks.purify_trials import HEAD, load, stratified
+from benchmarks import cards, datasets, sources
+from benchmarks.defences import HEAD, load
+from benchmarks.purify_trials import stratified
 from secure_export import digests, registry
 from secure_export.environment import versions
 from secure_export.errors import CompressError
 from secure_export.evidence import cold_searches, work_of
+from secure_export.evidence.files import opened
 from secure_export.evidence.rounding import reading
 from secure_export.lane import Bench, Lined, at_the_head, through_settings, unrounded
 from secure_export.ledger import Ledger
@@ -36,7 +38,10 @@ SETTINGS = {
     "int8-per-tensor": ({"kind": "ort-static-int8", "per_channel": False},),
     "int8-stochastic": ({"kind": "stochastic-rounding", "seed": 20240611}, {"kind": "ort-static-int8"}),
     "int8-flipped": ({"kind": "flipped-rounding"}, {"kind": "ort-static-int8"}),
+    "prune-mask-0.3": ({"kind": "prune-channel-mask", "ratio": 0.3},),
     "prune-mask-0.5": ({"kind": "prune-channel-mask", "ratio": 0.5},),
+    "prune-structured-0.3": ({"kind": "prune-structured", "ratio": 0.3},),
+    "prune-structured-0.5": ({"kind": "prune-structured", "ratio": 0.5},),
 }
 LIMITS = [{"metric": "inverted_lift", "at_most": 0.5}]
 
@@ -71,12 +76,14 @@ def one(
     """Searches, rounding and truth of one model, by setting."""
     card = cards.read(path.with_suffix(".json"))
     bench = bench_of(card, data, folder, n)
-    lined = at_the_head(load(path), HEAD, "original", digests.of_file(path), bench)
+    model = load(path, card)
+    lined = at_the_head(model, HEAD, "original", digests.of_file(path), bench)
     settings = [Setting(name, SETTINGS[name], {"kind": "onnx"}, False) for name in names]
     rows = {}
     for setting, result in zip(settings, through_settings(lined, settings, bench), strict=True):
         searches = cold_searches([result], work_of(spec, len(card["classes"]), bench)) if search else []
         rows[setting.name] = row(card, result, searches, rounding(lined, setting, result, bench))
+        rows[setting.name]["asr_pass_seconds"] = asr_pass(result, data, bench)
         click.echo(f"{path.stem} {setting.name} {summary(rows[setting.name])}", err=True)
     return {
         "card": card["name"],
@@ -84,6 +91,18 @@ def one(
         "target_class": card["target_class"],
         "rows": rows,
     }
+
+
+def asr_pass(result: SettingResult, data: datasets.Images, bench: Bench) -> float | None:
+    """Seconds that the file takes for all triggered test images once: the yardstick of a search's cost."""
+    file = opened(result, bench.splits.fit, bench.runtime)
+    if isinstance(file, str) or not bench.triggers:
+        return None
+    (trigger,) = bench.triggers.values()
+    started = time.perf_counter()
+    for part in data.test_x.split(500):
+        file.predictor(trigger(datasets.to_unit(part)))
+    return round(time.perf_counter() - started, 2)
 
 
 def rounding(lined: Lined, setting: Setting, result: SettingResult, bench: Bench) -> Rounding | None:
@@ -139,6 +158,7 @@ def summary(found: Any) -> str:
 @click.command()
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--cache", default="build/data", type=click.Path(path_type=Path))
+@click.option("--dataset", default="cifar10", type=click.Choice(sources.NAMES))
 @click.option("--folder", default="build/evidence", type=click.Path(path_type=Path))
 @click.option("--out", default="benchmarks/results/evidence.json", type=click.Path(path_type=Path))
 @click.option("--settings", default="fp32,int8", show_default=True)
@@ -148,6 +168,7 @@ def summary(found: Any) -> str:
 def main(
     models: tuple[Path, ...],
     cache: Path,
+    dataset: str,
     folder: Path,
     out: Path,
     settings: str,
@@ -158,7 +179,7 @@ def main(
     """Search every model under every setting and add the rows to the results."""
     torch.set_num_threads(1)
     spec = EvidenceSpec.model_validate({"preset": preset, "samples": samples, "rules": tuple(LIMITS)})
-    data = datasets.cifar10(cache)
+    data = sources.named(dataset, cache, None)
     found = json.loads(out.read_text()) if out.is_file() else {"models": {}}
     for path in models:
         started = time.perf_counter()

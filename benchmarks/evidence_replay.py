@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from benchmarks import cards, datasets
+from benchmarks.defences import HEAD, load
 from benchmarks.evidence import LIMITS, bench_of
-from benchmarks.purify_trials import HEAD, load
 from secure_export import digests
 from secure_export.environment import versions
 from secure_export.evidence import best_known, cold_searches, tried_again, work_of
@@ -71,7 +71,7 @@ def main(
     spec = EvidenceSpec.model_validate({"preset": preset, "samples": samples, "rules": tuple(LIMITS)})
     data, card = datasets.cifar10(cache), cards.read(bad.with_suffix(".json"))
     bench = bench_of(card, data, folder / f"{bad.parent.name}-{bad.stem}", samples)
-    work, model, goal = work_of(spec, len(card["classes"]), bench), load(bad), load(clean)
+    work, model, goal = work_of(spec, len(card["classes"]), bench), load(bad, card), load(clean, card)
     original = at_the_head(model, HEAD, "original", digests.of_file(bad), bench)
     searches = cold_searches(through_settings(original, [FP32], bench), work)
     known = {kind: best_known(searches, probe, work) for kind, probe in work.probes.items()}

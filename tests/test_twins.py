@@ -14,6 +14,7 @@ from secure_export.compressors import Compressor, FileStep
 from secure_export.errors import CompressError
 from secure_export.formats.onnx import Onnx
 from secure_export.runtimes.onnxruntime import Onnxruntime
+from secure_export.twins._operators import OPERATORS, rounded
 from tests import compression
 
 
@@ -68,3 +69,18 @@ def test_operator_without_a_twin_is_named(tmp_path: Path) -> None:
     onnx.save(onnx.helper.make_model(graph), path)
     with pytest.raises(CompressError, match="Einsum"):
         twins.of_onnx(path)
+
+
+@pytest.mark.parametrize(("kind", "zero"), [(torch.uint8, 120), (torch.int8, -3)])
+def test_rounding_at_once_is_quantizing_and_dequantizing(kind: torch.dtype, zero: int) -> None:
+    data = (3 * torch.randn(4, 5, generator=torch.Generator().manual_seed(0))).requires_grad_(True)
+    grid = [torch.tensor(0.02), torch.tensor(zero, dtype=kind)]
+    codes = OPERATORS["QuantizeLinear"]([data, *grid], {})
+    apart = OPERATORS["DequantizeLinear"]([codes, *grid], {})
+    at_once = rounded([data, *grid], {})
+    torch.testing.assert_close(at_once, apart)
+    weight = torch.arange(20.0).view(4, 5)
+    torch.testing.assert_close(
+        *(torch.autograd.grad((made * weight).sum(), data)[0] for made in (at_once, apart))
+    )
+    assert (at_once - data).abs().max() > 1, "some values must be beyond the grid, or nothing is cut off"

