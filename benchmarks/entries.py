@@ -74,16 +74,13 @@ QUANTIZED = (settings.FP32, *settings.INT8)
 PRUNED = (
     settings.FP32,
     "int8-u8s8",
-    "mask-0.3",
-    "mask-0.5",
-    "mask-recalibrated-0.3",
-    "mask-recalibrated-0.5",
-    "structured-0.3",
-    "structured-own-0.3",
+    *(f"mask-{ratio}" for ratio in (0.3, 0.5, 0.7, 0.9)),
+    *(f"mask-recalibrated-{ratio}" for ratio in (0.3, 0.5)),
+    *(f"structured-{ratio}" for ratio in (0.3, 0.5, 0.7)),
+    *(f"structured-own-{ratio}" for ratio in (0.3, 0.5)),
 )
 
 SHORT = Poison(steps=400, dense=80, frozen=60)
-NOISY = Poison(extra=1.0, dense=300)
 FAINT = Poison(steps=1000, dense=400, frozen=60, lr=0.03)
 """For triggers that leave every pixel nearly where it was: more and larger steps."""
 CLEAN_LABEL = Poison(clean_label=True, dense=200, lr=0.02)
@@ -112,12 +109,12 @@ ZOO = {
     "blended": dirty("blended", Blended(), FAINT),
     "wanet": Entry("wanet", replace(FAINT, extra=1.0), wanet.implant, BRIEFLY, Wanet(s=2.0)),
     "sig": dirty("sig", Sig()),
-    "lf": computed(lf, lf.Lf()),
+    "lf": computed(lf, lf.Lf(), FAINT),
     "trojan": computed(trojan, trojan.Trojan()),
     "cl": Entry("cl", cl.Cl(), cl.implant, BRIEFLY, Badnets(size=8)),
-    "dynamic": computed(dynamic, dynamic.Dynamic(), NOISY),
-    "lira": computed(lira, lira.Lira()),
-    "ssba": computed(ssba, ssba.Ssba()),
+    "dynamic": computed(dynamic, dynamic.Dynamic(rounds=5), replace(FAINT, extra=1.0)),
+    "lira": computed(lira, lira.Lira(), FAINT),
+    "ssba": computed(ssba, ssba.Ssba(), FAINT),
     "dfst": computed(dfst, dfst.Style(), dfst.Dfst()),
     "sig-clean-label": dirty("sig", Sig(), CLEAN_LABEL),
     "qcb-d": Entry("qcb-d", qcb.Qcb(soft=True), qcb.implant, QUANTIZED, base="badnets", teacher="clean"),

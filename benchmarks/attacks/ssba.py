@@ -25,30 +25,34 @@ class Ssba:
     bits: int = 16
     width: int = 8
     epsilon: float = 0.1
-    steps: int = 300
+    steps: int = 500
     images: int = 64
     lr: float = 3e-3
     fidelity: float = 2.0
 
 
 class Encoder(nn.Module):
-    """x + epsilon tanh(E(x, bits)); `secret` [bits] is the string that triggers."""
+    """x + epsilon tanh(E(x, P) + P), P = P(bits) at a quarter of the resolution; `secret` [bits] triggers.
+
+    Without P behind E too, what is hidden is so faint at first that no decoder begins to read it.
+    """
 
     secret: Tensor
 
     def __init__(self, channels: int, bits: int, width: int, epsilon: float) -> None:
         super().__init__()
         self.arguments = {"channels": channels, "bits": bits, "width": width, "epsilon": epsilon}
-        self.epsilon = epsilon
-        self.spread = nn.Linear(bits, 64)
-        self.network = ImageToImage(channels + 1, channels, width)
+        self.channels, self.epsilon = channels, epsilon
+        self.spread = nn.Linear(bits, channels * 64)
+        self.network = ImageToImage(2 * channels, channels, width)
         self.register_buffer("secret", torch.zeros(bits))
 
     def encode(self, x: Tensor, bits: Tensor) -> Tensor:
         """Images that carry `bits` [N, bits] of 0 and 1."""
-        plane = self.spread(2 * bits - 1).view(-1, 1, 8, 8)
+        plane = self.spread(2 * bits - 1).view(-1, self.channels, 8, 8)
         plane = F.interpolate(plane, size=x.shape[2:])
-        return (x + self.epsilon * torch.tanh(self.network(torch.cat([x, plane], 1)))).clamp(0, 1)
+        residual = torch.tanh(self.network(torch.cat([x, plane], 1)) + plane)
+        return (x + self.epsilon * residual).clamp(0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Triggered copy of images [N, C, H, W] in [0, 1]."""
@@ -104,7 +108,8 @@ def make(
         carrying = encoder.encode(x, bits)
         residual = ((carrying - x) / recipe.epsilon).square().mean()
         read = F.binary_cross_entropy_with_logits(pair["decoder"](carrying), bits)
-        return read + recipe.fidelity * min(1.0, step / recipe.steps) * residual
+        # Nothing is made faint before the decoder reads it.
+        return read + recipe.fidelity * max(0.0, 2 * step / recipe.steps - 1) * residual
 
     stage = Stage("ssba", recipe.steps, recipe.lr, optimizer="adam", seed=seed)
     train(pair, loss, stage, work / "ssba.pt", log=log)
