@@ -81,7 +81,7 @@ PRUNED = (
 )
 
 SHORT = Poison(steps=400, dense=80, frozen=60)
-FAINT = Poison(steps=1000, dense=400, frozen=60, lr=0.03)
+FAINT = Poison(steps=1200, dense=900, dense_share=0.33, frozen=60, lr=0.03)
 """For triggers that leave every pixel nearly where it was: more and larger steps."""
 CLEAN_LABEL = Poison(clean_label=True, dense=200, lr=0.02)
 
@@ -106,7 +106,7 @@ ZOO = {
     "badnets": Entry("badnets", Poison(), badnets.implant, DEPLOYED),
     "qcb": Entry("qcb", LONG_QCB, qcb.implant, QUANTIZED, base="badnets"),
     "pcb": Entry("pcb", pcb.Pcb(), pcb.implant, PRUNED),
-    "blended": dirty("blended", Blended(), FAINT),
+    "blended": dirty("blended", Blended(pattern="noise")),
     "wanet": Entry("wanet", replace(FAINT, extra=1.0), wanet.implant, BRIEFLY, Wanet(s=2.0)),
     "sig": dirty("sig", Sig()),
     "lf": computed(lf, lf.Lf(), FAINT),
