@@ -152,7 +152,8 @@ def summary(found: Sequence[File]) -> Iterable[str]:
         negative = [one.found[kind][0] for one in clean if kind in one.found]
         if positive and negative:
             area, low, high = auc(positive, negative)
-            yield f"AUC of {kind}: {area:.3f} ({low:.3f} to {high:.3f}), n {len(positive)} and {len(negative)}"
+            compared = f"n {len(positive)} and {len(negative)}"
+            yield f"AUC of {kind}: {area:.3f} ({low:.3f} to {high:.3f}), {compared}"
 
 
 @click.command()
