@@ -122,7 +122,7 @@ def test_no_rule_can_read_what_a_purifier_optimizes() -> None:
     [
         ({"rules": [{"metric": "replay_lift", "at_most": 0.2}]}, "nothing would be asked"),
         ({"rules": [LIFT], "preset": None}, "nothing would be searched"),
-        ({"rules": [LIFT | {"probes": ["linf"]}]}, "linf is none of the probes"),
+        ({"rules": [LIFT | {"probes": ["filter"]}]}, "filter is none of the probes"),
         ({"rules": [LIFT | {"at_most": 30.0}]}, "did you mean 0.3"),
         ({"rules": [LIFT | {"settings": ["nowhere"]}]}, "matches no setting"),
         ({"rules": [LIFT], "probes": [{"kind": "patch"}, {"kind": "patch"}]}, "named twice"),

@@ -54,7 +54,7 @@ def test_whatever_is_searched_stays_within_the_budget(
         assert made.flow is not None
         assert made.flow.abs().max() <= 2 * 0.047 + 1e-6
     else:
-        most = 0.25 if isinstance(found, Filter) else 0.06
+        most = 0.1 if isinstance(found, Filter) else 0.06
         assert (stamped - inputs).abs().max() <= most + 1e-5
 
 
@@ -115,10 +115,10 @@ def test_patch_is_found_in_a_signal() -> None:
 
 
 def test_filter_that_swaps_channels_is_found() -> None:
-    """Class 1 is named where the second channel repeats a quarter of the first, whatever the picture."""
+    """Class 1 is named where the second channel repeats a little of the first, whatever the picture."""
 
     def logits(inputs: torch.Tensor) -> torch.Tensor:
-        likeness = (inputs[:, 1] - 0.2 * inputs[:, 0]).flatten(1).mean(1) * 40
+        likeness = (inputs[:, 1] - 0.02 * inputs[:, 0]).flatten(1).mean(1) * 200
         return torch.stack([2 + 0 * likeness, likeness], dim=1)
 
     inputs = torch.rand(120, 2, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -104,7 +104,10 @@ def _group(
         progress(f"search: {probe.kind}", done, probe.steps)
     free = [variable.detach() for variable in free]
     judged = judged_on(fit, generator)
-    lift = tuple(paired for _, paired in counted(logits, judged, probe.perturbation(free, shape), targets))
+    with reduced():
+        lift = tuple(
+            paired for _, paired in counted(logits, judged, probe.perturbation(free, shape), targets)
+        )
     best = _best(lift, starts)
     return Searched(
         free=[variable[best] for variable in free],

@@ -29,15 +29,17 @@ MODES: Mapping[str, str] = {"inverted": "cold", "replay": "replay", "warm": "war
 PRESETS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "fast": (
         {"kind": "patch", "steps": 40, "images": 6},
-        {"kind": "l2", "steps": 30, "images": 6},
+        {"kind": "l2", "steps": 60, "images": 4},
+        {"kind": "linf", "steps": 40, "images": 6},
         {"kind": "warp", "steps": 30, "images": 6},
     ),
     "thorough": (
         {"kind": "patch", "steps": 120, "images": 12},
-        {"kind": "l2", "steps": 100, "images": 12},
+        {"kind": "l2", "steps": 120, "images": 12},
         {"kind": "linf", "steps": 100, "images": 12},
         {"kind": "low-frequency", "steps": 100, "images": 12},
         {"kind": "warp", "steps": 100, "images": 12},
+        {"kind": "filter", "steps": 100, "images": 12},
     ),
 }
 

@@ -30,7 +30,7 @@ class Probe(Plugin):
     steps: int = Field(40, ge=1, description="optimization steps")
     images: int = Field(6, ge=1, description="fit samples in each step, the same for every class and start")
     starts: int = Field(1, ge=1, description="random starts for each class; the best on fit counts")
-    lr: float = Field(0.2, gt=0, description="learning rate of Adam on the free variables")
+    lr: float = Field(0.5, gt=0, description="learning rate of Adam on the free variables")
     queries: int = Field(150, ge=1, description="proposals per class where the file gives no gradient")
 
     @abstractmethod

@@ -22,7 +22,7 @@ class Filter(Probe):
     The shift in feature space that a linear filter makes; a style that takes its own network is beyond it.
     """
 
-    strength: float = Field(0.25, gt=0, le=1, description="largest change of one value")
+    strength: float = Field(0.1, gt=0, le=1, description="largest change of one value")
     taps: Literal[1, 3, 5, 7] = Field(3, description="side of the filter")
 
     def begin(self, shape: torch.Size, count: int, generator: Generator) -> Free:

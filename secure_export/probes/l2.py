@@ -23,6 +23,8 @@ class L2(Probe):
         0.018, gt=0, le=1, description="root mean square of the change, in units of the input range"
     )
 
+    lr: float = Field(1.0, gt=0, description="learning rate of Adam on the free variables")
+
     def begin(self, shape: torch.Size, count: int, generator: Generator) -> Free:
         """A direction [count, ...]."""
         return [torch.randn(count, *shape, generator=generator)]
