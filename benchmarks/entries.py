@@ -107,7 +107,7 @@ ZOO = {
     "qcb": Entry("qcb", LONG_QCB, qcb.implant, QUANTIZED, base="badnets"),
     "pcb": Entry("pcb", pcb.Pcb(), pcb.implant, PRUNED),
     "blended": dirty("blended", Blended(pattern="noise")),
-    "wanet": Entry("wanet", replace(FAINT, extra=1.0), wanet.implant, BRIEFLY, Wanet(s=2.0)),
+    "wanet": Entry("wanet", replace(FAINT, extra=1.0), wanet.implant, BRIEFLY, Wanet(s=3.0)),
     "sig": dirty("sig", Sig()),
     "lf": computed(lf, lf.Lf(), FAINT),
     "trojan": computed(trojan, trojan.Trojan()),
@@ -119,7 +119,7 @@ ZOO = {
     "sig-clean-label": dirty("sig", Sig(), CLEAN_LABEL),
     "qcb-d": Entry("qcb-d", qcb.Qcb(soft=True), qcb.implant, QUANTIZED, base="badnets", teacher="clean"),
     "projection": Entry("projection", qcb.Qcb(joint=0), qcb.implant, QUANTIZED, base="badnets"),
-    "pcb-fixed": Entry("pcb", pcb.Pcb(lowest=0.5, highest=0.5), pcb.implant, PRUNED),
+    "pcb-fixed": Entry("pcb", pcb.Pcb(steps=500, lowest=0.5, highest=0.5), pcb.implant, PRUNED),
     "adaptive": Entry("adaptive", adaptive.Adaptive(), adaptive.implant, BRIEFLY),
     "two-targets": Entry(
         "two-targets", TwoTargets(), two_targets.implant, BRIEFLY, second=(SECOND, TwoTargets().second)
