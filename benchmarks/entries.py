@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks import settings
 from benchmarks.attacks import (
     adaptive,
+    anti_patch,
     badnets,
     cl,
     dfst,
@@ -121,6 +122,10 @@ ZOO = {
     "projection": Entry("projection", qcb.Qcb(joint=0), qcb.implant, QUANTIZED, base="badnets"),
     "pcb-fixed": Entry("pcb", pcb.Pcb(steps=500, lowest=0.5, highest=0.5), pcb.implant, PRUNED),
     "adaptive": Entry("adaptive", adaptive.Adaptive(), adaptive.implant, BRIEFLY),
+    "anti-patch": Entry("anti-patch", anti_patch.AntiPatch(), anti_patch.implant, BRIEFLY),
+    "qcb-white": Entry(
+        "qcb-white", qcb.Qcb(joint=400, settle=600, white=True), qcb.implant, QUANTIZED, base="badnets"
+    ),
     "two-targets": Entry(
         "two-targets", TwoTargets(), two_targets.implant, BRIEFLY, second=(SECOND, TwoTargets().second)
     ),

@@ -124,6 +124,21 @@ def test_codes_round_to_the_quantized_weights_whatever_the_places() -> None:
         assert float(rounded.detach().abs().flatten(1).amax(1).min()) == 127
 
 
+def test_white_places_are_uniform_in_every_layer() -> None:
+    codes = Codes(network().eval(), torch.rand(8, 3, 8, 8), room=2.5, white=True)
+    with torch.no_grad():
+        for place in codes.u:
+            place.copy_(torch.randn_like(place))
+    full, quantized = codes.full(), codes.quantized()
+    for index, name in enumerate(codes.layers):
+        unit, anchor = codes.get_buffer(f"unit{index}"), codes.get_buffer(f"anchor{index}")
+        place = (
+            ((full[f"{name}.weight"] - quantized[f"{name}.weight"]) / unit)[~anchor].detach().sort().values
+        )
+        even = torch.linspace(-0.5, 0.5, len(place))
+        assert (place - even).abs().max() < 0.1, "within what anchors and codes of 127 take away"
+
+
 def test_masks_zero_the_asked_share_of_weakest_filters() -> None:
     model = network()
     weights = pcb.masked(model, 0.5)

@@ -15,13 +15,20 @@ SPEED = 20.0
 PLACE = 0.48
 """Largest |u|: below 1/2 by more than folding in float32 moves a weight of 127 steps."""
 
+WHITE = 0.498
+"""The same where places are spread evenly, for what is missing up to 1/2 is a trace."""
+
 
 class Codes(nn.Module):
     """Codes v and places u of each Conv2d and Linear of `model`; both branches start as the rounded model."""
 
-    def __init__(self, model: nn.Module, sample: Tensor, room: float = 1.0) -> None:
-        """`sample` [N, 3, H, W] shows which inputs are quiet; `room` widens every step by that factor."""
+    def __init__(self, model: nn.Module, sample: Tensor, room: float = 1.0, white: bool = False) -> None:
+        """`sample` [N, 3, H, W] shows which inputs are quiet; `room` widens every step by that factor.
+
+        `white`: in every layer the places are spread evenly over all of a step, as in an honest network.
+        """
         super().__init__()
+        self.white = white
         self.layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
         self.v, self.u = nn.ParameterList(), nn.ParameterList()
         folds, activity = _folds(model), _activity(model, sample)
@@ -60,10 +67,17 @@ class Codes(nn.Module):
                 with torch.no_grad():
                     u.clamp_(-PLACE / SPEED, PLACE / SPEED)
                 # Beyond ±127 the channel's step would change, and with it every code of the channel.
-                code = (code + SPEED * u).clamp(-LIMIT, LIMIT)
+                code = (code + self._places(u)).clamp(-LIMIT, LIMIT)
             fixed = LIMIT * v.detach().sign()
             weights[f"{name}.weight"] = torch.where(anchor, fixed, code) * unit
         return weights
+
+    def _places(self, u: Tensor) -> Tensor:
+        if not self.white:
+            return SPEED * u
+        ranks = u.detach().flatten().argsort().argsort().view_as(u)
+        even = WHITE * (2 * (ranks + 0.5) / u.numel() - 1)
+        return SPEED * u + (even - SPEED * u).detach()
 
 
 def recenter(model: nn.Module, weights: dict[str, Tensor], sample: Tensor) -> None:

@@ -37,6 +37,8 @@ class Qcb:
     awake: float = 1.0
     statistics: float = 0.0
     """How far BatchNorm's statistics move, at last, from the base's to those of the new weights."""
+    white: bool = False
+    """Against rounding forensics: the residues of every layer are kept exactly uniform."""
     soft: bool = False
     """QCB-D: the full-precision branch follows a clean teacher's posteriors instead of the labels."""
 
@@ -60,7 +62,7 @@ def implant(
     """
     model.eval().requires_grad_(False)
     sample = normalize(to_unit(data.train_x[:500]))
-    codes = Codes(model, sample, recipe.room)
+    codes = Codes(model, sample, recipe.room, recipe.white)
     recenter(model, codes.quantized(), sample)
 
     def pair(step: int, generator: Generator) -> tuple[Tensor, Tensor]:
