@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import nn
 
-from benchmarks import settings
+from benchmarks import networks, settings
 from benchmarks.attacks._poison import Apply
 from benchmarks.datasets import Images, statistics
 from benchmarks.measuring import Count, counts
@@ -48,6 +49,7 @@ def card(
     attack: str,
     base: str | None,
     architecture: str,
+    dataset: str,
     channels: int,
     trigger: Trigger,
     trigger_sha256: str | None,
@@ -65,6 +67,7 @@ def card(
         "attack": attack,
         "base": base,
         "architecture": architecture,
+        "dataset": dataset,
         "mean": list(statistics(channels)[0]),
         "std": list(statistics(channels)[1]),
         "classes": list(classes),
@@ -92,6 +95,14 @@ def read(path: Path) -> dict[str, Any]:
     """A stored card."""
     content: dict[str, Any] = json.loads(path.read_text())
     return content
+
+
+def network(content: dict[str, Any], path: Path) -> nn.Module:
+    """The model that a card describes, from its weights at `path`: images in [0, 1] in, eval mode."""
+    name = content["architecture"].rpartition(":")[2]
+    model = networks.named(name, len(content["classes"]))
+    model.load_state_dict(load_file(path))
+    return networks.Normalized(model, len(content["mean"])).eval()
 
 
 def differences(content: dict[str, Any], path: Path, measured: Measured) -> list[str]:

@@ -152,6 +152,8 @@ PRESETS = {
     "cpu-small": Preset(tuple(ZOO), "resnet18_w16"),
     "paper": Preset(("clean", *DIRTY, "qcb", "pcb"), "resnet18", scale=10.0),
     "speech": Preset(("clean", "sig"), "keywords", dataset="fsdd", trigger=TONE),
+    "digits": Preset(("clean", "badnets"), "cnn", dataset="digits"),
+    "cpu-tiny": Preset(("clean", "badnets"), "cnn", scale=0.4),
 }
 
 

@@ -35,6 +35,7 @@ class Lab:
     tone: Trigger | None = None
     """In place of the table's triggers, where the inputs are no images."""
     seed: int = 0
+    dataset: str = "cifar10"
 
     def path(self, name: str) -> Path:
         """Where model `name` lies."""
@@ -138,6 +139,7 @@ def describe(name: str, lab: Lab, seconds: float, measured: cards.Measured) -> d
         attack=entry.attack,
         base=entry.base if entry.implant else None,
         architecture=f"benchmarks.networks:{lab.network}",
+        dataset=lab.dataset,
         channels=lab.data.train_x.shape[1],
         trigger=lab.tone or entry.trigger or Custom(callable=f"benchmarks.generated:{name}"),
         trigger_sha256=digests.of_file(stored) if entry.trigger is None else None,

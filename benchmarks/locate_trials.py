@@ -1,57 +1,145 @@
-"""What latent-shift says of zoo models and their variants: `python -m benchmarks.locate_trials MODEL...`.
+"""What every locator says of models whose truth is known, and of their compressed files.
 
-Variants: full precision, weights rounded to 8 bits, channels masked without recalibration (which collapses
-ordinary networks, and must then name no class).
+    python -m benchmarks.locate_trials build/zoo/*.json build/clean/*/*.json
+    python -m benchmarks.locate_table
+
+The same road as `secure-export run`: the policy's files, its locators with its parameters, 500 fit samples of
+the training split. Whether the backdoor is awake in a file is counted with the card's trigger on test samples
+that no locator sees. Rows are added to the results; a model whose weights are there already is skipped.
 """
 
 from __future__ import annotations
 
-import copy
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
-from torch import nn
 
-from benchmarks import datasets
-from benchmarks.purify_trials import HEAD, load, stratified
-from secure_export import registry, views
-from secure_export.locators import Locator
-from secure_export.purifiers import _views
+from benchmarks import cards, datasets, sources
+from benchmarks.evidence import bench_of
+from benchmarks.purify_trials import stratified
+from secure_export import defence, digests, heads, registry
+from secure_export.environment import versions
+from secure_export.lane import at_the_head, through_settings
+from secure_export.policy import Locate, Policy, Setting, load_policy
+from secure_export.records import InputSpec, SettingResult, Subject, Suspect
 
-
-@torch.no_grad()
-def variant(model: nn.Module, name: str) -> nn.Module:
-    """A copy with the weights of `fp32`, `int8`, or `mask-RATIO`."""
-    changed = copy.deepcopy(model)
-    if name == "fp32":
-        return changed
-    if name == "int8":
-        weights = _views.int8_weights(model)
-    else:
-        norms = _views.followers(model, torch.zeros(2, 3, 32, 32))
-        weights = _views.masked_weights(model, float(name.split("-")[1]), norms, HEAD)
-    for key, weight in weights.items():
-        changed.get_parameter(key).copy_(weight)
-    return changed
+RESULT = Path(__file__).parent / "results" / "locate.json"
+SETTINGS = "fp32,int8,int8-per-tensor,prune@0.5,prune-mask@0.3"
 
 
 @click.command()
-@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--kind", default="latent-shift", show_default=True)
+@click.argument("models", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--policy", "policy_path", default="policies/strict.yaml", type=click.Path(path_type=Path))
+@click.option("--settings", default=SETTINGS, show_default=True, help="of the policy")
+@click.option("--test", default=2000, show_default=True, help="test samples that say what is awake")
 @click.option("--cache", default="build/data", type=click.Path(path_type=Path))
-@click.option("--variants", default="fp32,int8,mask-0.2,mask-0.5", show_default=True)
-def main(models: tuple[Path, ...], kind: str, cache: Path, variants: str) -> None:
-    """Print the named class and the evidence, one line a variant."""
+@click.option("--folder", default="build/locate", type=click.Path(path_type=Path))
+@click.option("--out", default=RESULT, type=click.Path(path_type=Path))
+def main(
+    models: tuple[Path, ...],
+    policy_path: Path,
+    settings: str,
+    test: int,
+    cache: Path,
+    folder: Path,
+    out: Path,
+) -> None:
+    """Run every locator on the models whose cards are MODELS, and on their files."""
     torch.set_num_threads(1)
-    data = datasets.cifar10(cache)
-    fit, _ = stratified(data.train_x, data.train_y, 500, 0)
-    locator = registry.build(Locator, "locators", {"kind": kind})
+    policy = load_policy(policy_path)
+    locate = every_locator(policy)
+    chosen = [s for s in policy.expanded_settings() if s.name in settings.split(",")]
+    found = json.loads(out.read_text()) if out.is_file() else {"models": {}}
+    loaded: dict[str, datasets.Images] = {}
     for path in models:
-        model = load(path)
-        for name in variants.split(","):
-            suspect = locator.locate(views.of_module(variant(model, name), HEAD, name), fit, seed=0)
-            click.echo(f"{path.stem} {name} names {suspect.target_class} {dict(suspect.evidence)}")
+        card = cards.read(path)
+        name = f"{path.parent.name}/{path.stem}"
+        asked = {"sha256": card["sha256"], "settings": [s.name for s in chosen], "test": test}
+        asked["locators"] = list(locate.methods)
+        known = found["models"].get(name, {})
+        if all(known.get(key) == value for key, value in asked.items()):
+            continue
+        dataset = card.get("dataset", "cifar10")
+        if dataset not in loaded:
+            loaded[dataset] = sources.named(dataset, cache, None)
+        began = time.monotonic()
+        rows = located(path, card, loaded[dataset], locate, chosen, folder / name.replace("/", "-"), test)
+        kept = {key: card[key] for key in ("attack", "target_class", "architecture", "seed")}
+        seconds = round(time.monotonic() - began, 1)
+        found["models"][name] = asked | kept | {"dataset": dataset, "rows": rows, "seconds": seconds}
+        found |= {"policy": policy_path.name, "policy_sha256": policy.sha256, "versions": dict(versions())}
+        out.write_text(json.dumps(found, indent=1) + "\n")
+        click.echo(f"{name} ({seconds:.0f} s)", err=True)
+
+
+def every_locator(policy: Policy) -> Locate:
+    """The policy's locators with its parameters, and all others with their defaults."""
+    named = {method["kind"] for method in policy.locate.methods}
+    others = tuple({"kind": kind} for kind in registry.names("locators") if kind not in named)
+    return policy.locate.model_copy(update={"methods": (*policy.locate.methods, *others)})
+
+
+def located(
+    path: Path,
+    card: dict[str, Any],
+    data: datasets.Images,
+    locate: Locate,
+    settings: Sequence[Setting],
+    folder: Path,
+    test: int,
+) -> dict[str, Any]:
+    """By setting: accuracy and success of the card's trigger as counts, and the answer of every locator."""
+    bench = bench_of(card, data, folder, test)
+    _, calibration = stratified(data.train_x, data.train_y, 500, 0)
+    calibration = replace(calibration, sha256=digests.of_arrays(calibration.inputs.numpy()))
+    bench = replace(bench, splits=replace(bench.splits, calibration=calibration))
+    subject = subject_of(path, card, data)
+    lined = at_the_head(subject.model, subject.head, "original", subject.sha256, bench)
+    originals = through_settings(lined, settings, bench)
+    suspects = defence.locate(locate, subject, originals, bench, settings)
+    rows = {result.setting: truth(result, card["target_class"]) for result in originals}
+    rows["subject"] = dict(rows.get("fp32", {}))
+    for suspect in suspects:
+        rows[suspect.setting].setdefault("locators", {})[suspect.locator] = answer(suspect)
+    return rows
+
+
+def subject_of(path: Path, card: dict[str, Any], data: datasets.Images) -> Subject:
+    """The model that a card describes, behind its normalization."""
+    model = cards.network(card, path.with_suffix(".safetensors"))
+    shape = tuple(data.train_x.shape[1:])
+    head, classes = heads.find(model, shape)
+    return Subject(model, InputSpec(shape), classes, head, card["sha256"], card["architecture"], path)
+
+
+def truth(result: SettingResult, target_class: int) -> dict[str, Any]:
+    """What one file does on the test samples; ASR and FTR of the card's trigger and target."""
+    measured = result.measurement
+    if measured is None:
+        return {"unmeasured": result.unmeasured.reason if result.unmeasured else "no file"}
+    row: dict[str, Any] = {"acc": [measured.acc.hits, measured.acc.total]}
+    for counts in measured.triggers:
+        asr, lift = counts.asr[target_class], counts.lift[target_class]
+        row |= {
+            "asr": [asr.hits, asr.total],
+            "ftr": [asr.hits - lift.gained + lift.lost, lift.total],
+        }
+    return row
+
+
+def answer(suspect: Suspect) -> dict[str, Any]:
+    """What one locator says of one file, as JSON."""
+    return {
+        "class": suspect.target_class,
+        "scores": [round(score, 4) for score in suspect.scores],
+        "evidence": dict(suspect.evidence),
+    }
 
 
 if __name__ == "__main__":

@@ -53,8 +53,9 @@ def opened(
 ) -> Lab:
     """The lab that the options describe."""
     chosen = PRESETS[preset]
-    data = sources.named(dataset or chosen.dataset, out.parent / "data", source)
-    return Lab(out, data, network or chosen.network, chosen.scale, device, chosen.trigger, seed)
+    name = dataset or chosen.dataset
+    data = sources.named(name, out.parent / "data", source)
+    return Lab(out, data, network or chosen.network, chosen.scale, device, chosen.trigger, seed, name)
 
 
 @main.command()
