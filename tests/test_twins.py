@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import networks
 from secure_export import registry, twins
-from secure_export.compressors import Compressor, FileStep
+from secure_export.compressors import Compressor, Context, FileStep
 from secure_export.errors import CompressError
 from secure_export.formats.onnx import Onnx
+from secure_export.records import Split
 from secure_export.runtimes.onnxruntime import Onnxruntime
 from secure_export.twins._operators import OPERATORS, rounded
 from tests import compression
@@ -54,6 +56,21 @@ def test_twin_of_a_signal_network(tmp_path: Path) -> None:
     model = Signal().eval()
     Onnx().write(model, inputs, path)
     assert torch.allclose(twins.of_onnx(path)(inputs), model(inputs), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["", "ort-static-int8"])
+def test_twin_of_a_network_that_pools_to_one_place(kind: str, tmp_path: Path) -> None:
+    """Its axes are computed from the shape: Shape, Range and Gather."""
+    model, inputs = nn.Sequential(networks.named("cnn"), nn.Identity()).eval(), torch.rand(8, 3, 8, 8)
+    path, target = tmp_path / "cnn.onnx", tmp_path / "int8.onnx"
+    Onnx().write(model, inputs, path)
+    assert "Shape" in {node.op_type for node in onnx.load(path).graph.node}
+    if kind:
+        step = registry.build(FileStep, "compressors", {"kind": kind})
+        step.on_file(path, target, Context("0.fc", Split(inputs, torch.zeros(8).long(), ""), model, 0))
+        path = target
+    expected = Onnxruntime(optimization="disabled").open(path)(inputs)
+    assert (twins.of_onnx(path)(inputs) - expected).abs().max() < 0.02 * expected.abs().max()
 
 
 def test_operator_without_a_twin_is_named(tmp_path: Path) -> None:

@@ -73,10 +73,19 @@ class Twin(nn.Module):
 
     def forward(self, inputs: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Logits [N, classes]; `weights` stand in for constants of the same name."""
-        values = {**self.constants, **(weights or {}), self.input: inputs}
-        for step in self.steps:
+        return self.tensor(self.output, {self.input: inputs, **(weights or {})})
+
+    def tensor(self, name: str, known: Mapping[str, Tensor]) -> Tensor:
+        """The tensor `name` of the graph; `known` ones stand in for what the graph would compute."""
+        values = {**self.constants, **known}
+        needed, plan = {name} - values.keys(), []
+        for step in reversed(self.steps):
+            if needed.intersection(step.makes):
+                plan.append(step)
+                needed.update(set(step.reads) - values.keys())
+        for step in reversed(plan):
             self._run(step, values)
-        return values[self.output]
+        return values[name]
 
     def _run(self, step: Step, values: dict[str, Tensor]) -> None:
         operands: Values = [values[name] if name else None for name in step.reads]

@@ -110,6 +110,13 @@ def _reshape(operands: Values, attributes: Attributes) -> Tensor:
     return made
 
 
+def _gather(operands: Values, attributes: Attributes) -> Tensor:
+    data, index = operands[:2]
+    axis = attributes.get("axis", 0) % data.ndim
+    taken: Tensor = data.index_select(axis, index.reshape(-1).long() % data.shape[axis])
+    return taken.reshape(*data.shape[:axis], *index.shape, *data.shape[axis + 1 :])
+
+
 def _clip(operands: Values, attributes: Attributes) -> Tensor:
     low = operands[1] if len(operands) > 1 else attributes.get("min")
     high = operands[2] if len(operands) > 2 else attributes.get("max")
@@ -254,6 +261,7 @@ OPERATORS: dict[str, Operator] = {
     "Erf": _simple(torch.erf),
     "Exp": _simple(torch.exp),
     "Flatten": lambda operands, a: operands[0].flatten(a.get("axis", 1)),
+    "Gather": _gather,
     "Gelu": lambda operands, a: F.gelu(operands[0], approximate=a.get("approximate", b"none").decode()),
     "Gemm": _gemm,
     "GlobalAveragePool": lambda operands, _: operands[0].mean(list(range(2, operands[0].ndim)), keepdim=True),
@@ -269,9 +277,11 @@ OPERATORS: dict[str, Operator] = {
     "Neg": _simple(torch.neg),
     "Pow": _simple(torch.pow),
     "QuantizeLinear": _quantize,
+    "Range": lambda operands, _: torch.arange(*(operand.item() for operand in operands)),
     "ReduceMean": _reduce_mean,
     "Relu": _simple(torch.relu),
     "Reshape": _reshape,
+    "Shape": lambda operands, a: torch.tensor(operands[0].shape[a.get("start", 0) : a.get("end")]),
     "Sigmoid": _simple(torch.sigmoid),
     "Softmax": lambda operands, a: operands[0].softmax(a.get("axis", -1)),
     "Sqrt": _simple(torch.sqrt),
