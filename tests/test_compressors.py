@@ -37,9 +37,10 @@ PRUNERS = [name for name in NAMES if name.startswith("prune-")]
 
 
 def default(name: str) -> Compressor:
-    # A seed that is drawn anew each time would not give the same bytes again.
-    seed = {"seed": 1} if "seed" in registry.load("compressors", name).model_fields else {}
-    return built(Compressor, "compressors", name, **seed)
+    # A seed that is drawn anew each time would not give the same bytes again; ten thousand steps take hours.
+    fields = registry.load("compressors", name).model_fields
+    options = {key: value for key, value in {"seed": 1, "iterations": 5}.items() if key in fields}
+    return built(Compressor, "compressors", name, **options)
 
 
 def module_step(name: str) -> ModuleStep:

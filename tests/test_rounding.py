@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch import nn
 
 from secure_export import registry
 from secure_export.compressors import FileStep
+from secure_export.compressors._grid import Weight
+from secure_export.compressors.efrap import Efrap
 from secure_export.compressors.ort_static_int8 import OrtStaticInt8
 from secure_export.compressors.stochastic_rounding import StochasticRounding
 from secure_export.errors import CompressError
@@ -87,7 +90,7 @@ def test_statistics_of_uniform_and_structured_residues() -> None:
     assert distance_to_uniform(noise.abs()) > 20
 
 
-@pytest.mark.parametrize("kind", ["stochastic-rounding", "flipped-rounding"])
+@pytest.mark.parametrize("kind", ["stochastic-rounding", "flipped-rounding", "efrap"])
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize("weight_type", ["int8", "uint8"])
 def test_quantizer_keeps_the_side_that_was_chosen(
@@ -96,8 +99,8 @@ def test_quantizer_keeps_the_side_that_was_chosen(
     """What the file holds is what the step placed: not one weight is rounded again."""
     context = compression.context(compression.network())
     grid = {"per_channel": per_channel, "weight_type": weight_type}
-    seed = {"seed": 3} if kind == "stochastic-rounding" else {}
-    step = registry.build(FileStep, "compressors", {"kind": kind, **grid, **seed})
+    more = {"stochastic-rounding": {"seed": 3}, "efrap": {"iterations": 20, "lr": 0.05, "flip": 100}}
+    step = registry.build(FileStep, "compressors", {"kind": kind, **grid, **more.get(kind, {})})
     source, placed, target = (tmp_path / name for name in ("a.onnx", "b.onnx", "int8.onnx"))
     source.write_bytes(compression.exported())
     change = step.on_file(source, placed, context)
@@ -123,3 +126,30 @@ def test_stochastic_rounding_undoes_a_rigged_one_and_draws_a_new_seed_each_time(
     assert found.ks > 10, "the trace in the weights stays"
     assert found.z < 0.2 * read(True).z, "its effect does not"
     assert found.target_class is None
+
+
+def test_efrap_flips_where_the_error_is_large_and_keeps_the_output() -> None:
+    """The flip term alone turns every rounding; reconstruction alone beats nearest rounding by a third."""
+    generator = np.random.default_rng(0)
+    scaled = generator.uniform(-100, 100, (4, 60))
+    step = np.full((4, 1), 0.01)
+    weight = Weight(scaled * step, scaled, step, (1,), "w", onnx.NodeProto())
+    true = torch.from_numpy(weight.values).float()
+    mixing = generator.normal(size=(60, 60)) * generator.uniform(size=(60, 1)) ** 3
+    data = torch.from_numpy(generator.normal(size=(200, 60)) @ mixing).float()
+    pairs = [(batch, batch @ true.T) for batch in data.split(50)]
+
+    def codes(**fields: float) -> np.ndarray:
+        step_ = Efrap(iterations=400, lr=0.02, **fields)
+        return step_._learned(weight, lambda x, w: x @ w.T, pairs, torch.Generator().manual_seed(0))
+
+    def error(found: np.ndarray) -> float:
+        return float((data @ torch.from_numpy(found * step).float().T - data @ true.T).square().mean())
+
+    nearest = np.round(scaled)
+    flipped = codes(flip=1e6, harden=0)
+    large = np.abs(scaled - nearest) > 0.1
+    assert (flipped != nearest)[large].mean() > 0.95
+    kept = codes(flip=0, harden=1e-5)
+    assert error(kept) < 0.7 * error(nearest) < error(flipped)
+    assert np.isin(kept - np.floor(scaled), (0, 1)).all()

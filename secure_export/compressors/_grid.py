@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,37 @@ from secure_export.compressors import FileStep
 from secure_export.compressors._ort import quantized
 from secure_export.records import Change
 
+WEIGHTED = ("Conv", "Gemm", "MatMul")
 Array = NDArray[np.float64]
-Choose = Callable[[Array], Array]
-"""Weights in units of their step to integers beside them."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight tensor of a Conv, Gemm or MatMul, on the grid that its quantizer will choose."""
+
+    values: Array
+    scaled: Array
+    """In units of their step."""
+    step: Array
+    """Broadcastable to `values`."""
+    over: tuple[int, ...] | None
+    """Axes that share a step; None = all."""
+    name: str
+    node: NodeProto
+
+    def placed(self, codes: Array) -> tuple[Array, int]:
+        """The values at integer `codes`, and how many are not those of nearest rounding."""
+        highest = self.scaled.max(axis=self.over, keepdims=True)
+        lowest = self.scaled.min(axis=self.over, keepdims=True)
+        codes = np.clip(codes, np.ceil(lowest - 1e-6), np.floor(highest + 1e-6))
+        # The extremes define the step: they stay, or the quantizer would choose another grid.
+        fixed = (self.scaled == highest) | (self.scaled == lowest)
+        changed = ~fixed & (codes != np.round(self.scaled))
+        return np.where(fixed, self.values, codes * self.step), int(changed.sum())
+
+
+Choose = Callable[[Weight], Array]
+"""The codes of a weight tensor: integers beside its scaled values."""
 
 
 class GridStep(FileStep):
@@ -28,8 +56,12 @@ class GridStep(FileStep):
     weight_type: str = Field("int8", pattern="^u?int8$", description="as in the ort-static-int8 that follows")
     reduce_range: bool = Field(False, description="as in the ort-static-int8 that follows")
 
-    def on_grid(self, source: Path, target: Path, choose: Choose, detail: str) -> Change:
+    def on_grid(
+        self, source: Path, target: Path, begin: Callable[[onnx.ModelProto], Choose], detail: str
+    ) -> Change:
         """Write `source` with its weights on the grid into `target`; counts those not rounded to nearest.
+
+        `begin` sees the prepared graph and gives what chooses the codes, weight after weight in its order.
 
         Raises:
             CompressError: no valid ONNX file.
@@ -38,32 +70,27 @@ class GridStep(FileStep):
 
         def rewrite(prepared: Path, written: Path) -> None:
             proto = onnx.load(prepared)
+            choose = begin(proto)
             tensors = {t.name: t for t in proto.graph.initializer if t.data_type == TensorProto.FLOAT}
             for node in proto.graph.node:
-                if node.op_type in ("Conv", "Gemm", "MatMul") and node.input[1] in tensors:
+                if node.op_type in WEIGHTED and node.input[1] in tensors:
                     tensor = tensors.pop(node.input[1])
-                    weight = numpy_helper.to_array(tensor).astype(np.float64)
-                    moved, changed = self._placed(weight, _axis(node), choose)
+                    weight = self._weight(numpy_helper.to_array(tensor).astype(np.float64), node)
+                    moved, changed = weight.placed(choose(weight))
                     counts[0] += changed
-                    counts[1] += weight.size
+                    counts[1] += weight.values.size
                     tensor.CopyFrom(numpy_helper.from_array(moved.astype(np.float32), tensor.name))
             onnx.save(proto, written)
 
         change = quantized(self.kind, source, target, rewrite)
         return replace(change, changed=counts[0], total=counts[1], unit="weights", detail=detail)
 
-    def _placed(self, weight: Array, axis: int, choose: Choose) -> tuple[Array, int]:
-        step = self._step(weight, axis)
-        scaled = np.divide(weight, step, out=np.zeros_like(weight), where=step > 0)
-        over = tuple(i for i in range(weight.ndim) if i != axis) if self.per_channel else None
-        highest = scaled.max(axis=over, keepdims=True)
-        lowest = scaled.min(axis=over, keepdims=True)
-        codes = np.clip(choose(scaled), np.ceil(lowest - 1e-6), np.floor(highest + 1e-6))
-        # The extremes define the step: they stay, or the quantizer would choose another grid.
-        fixed = (scaled == highest) | (scaled == lowest)
-        moved = np.where(fixed, weight, codes * step)
-        changed = ~fixed & (codes != np.round(scaled))
-        return moved, int(changed.sum())
+    def _weight(self, values: Array, node: NodeProto) -> Weight:
+        axis = _axis(node)
+        step = self._step(values, axis)
+        scaled = np.divide(values, step, out=np.zeros_like(values), where=step > 0)
+        over = tuple(i for i in range(values.ndim) if i != axis) if self.per_channel else None
+        return Weight(values, scaled, step, over, node.input[1], node)
 
     def _step(self, weight: Array, axis: int) -> Array:
         """As OrtStaticInt8 will choose it (its docstring has the formulas), broadcastable to `weight`."""

@@ -8,12 +8,12 @@ import numpy as np
 from pydantic import Field
 
 from secure_export.compressors import Context
-from secure_export.compressors._grid import Array, GridStep
+from secure_export.compressors._grid import Array, GridStep, Weight
 from secure_export.records import Change
 
 
 class FlippedRounding(GridStep):
-    """Stands before `ort-static-int8`. The idea of EFRAP (Li et al., CVPR 2024) without its optimization.
+    """Stands before `ort-static-int8`. The idea of `efrap` without its optimization.
 
     A quantization-conditioned backdoor needs large rounding errors of chosen sign; here the largest errors
     get the other sign, which costs least where the error is largest anyway. No seed and no training, but
@@ -29,9 +29,9 @@ class FlippedRounding(GridStep):
             CompressError: no valid ONNX file.
         """
 
-        def choose(scaled: Array) -> Array:
-            nearest = np.round(scaled)
-            error = scaled - nearest
+        def choose(weight: Weight) -> Array:
+            nearest = np.round(weight.scaled)
+            error = weight.scaled - nearest
             return np.asarray(np.where(np.abs(error) > self.beyond, nearest + np.sign(error), nearest))
 
-        return self.on_grid(source, target, choose, f"errors beyond {self.beyond:g} of a step")
+        return self.on_grid(source, target, lambda _: choose, f"errors beyond {self.beyond:g} of a step")

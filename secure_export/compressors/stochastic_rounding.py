@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from secure_export.compressors import Context
-from secure_export.compressors._grid import Array, GridStep
+from secure_export.compressors._grid import Array, GridStep, Weight
 from secure_export.records import Change
 
 
@@ -32,7 +32,7 @@ class StochasticRounding(GridStep):
         seed = secrets.randbits(63) if self.seed is None else self.seed
         generator = np.random.default_rng(seed)
 
-        def choose(scaled: Array) -> Array:
-            return np.asarray(np.floor(scaled + generator.random(scaled.shape)))
+        def choose(weight: Weight) -> Array:
+            return np.asarray(np.floor(weight.scaled + generator.random(weight.scaled.shape)))
 
-        return self.on_grid(source, target, choose, f"seed {seed}")
+        return self.on_grid(source, target, lambda _: choose, f"seed {seed}")
