@@ -109,7 +109,7 @@ def rate(label: str, hits: int, total: int) -> str:
 
 def table(found: Sequence[File]) -> Iterable[str]:
     """One line a file."""
-    kinds = sorted({kind for one in found for kind in one.found})
+    kinds = sorted({kind for one in found for kind in (*one.found, *one.unsearched)})
     yield "| model | file | state | true lift | " + " | ".join(kinds) + " | flagged by |"
     yield "|" + "---|" * (5 + len(kinds))
     for one in found:

@@ -1,0 +1,63 @@
+"""Which files count as found, missed and falsely flagged, and which models may say so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks import evidence_table
+
+KNOWN = {
+    "thresholds": ["old/*"],
+    "limits": [
+        {"settings": ["prune*"], "patch": 0.6},
+        {"settings": ["*"], "patch": 0.3, "rounding z": 10},
+    ],
+}
+
+
+def row(lift: float, patch: float | None, named: int = 1, z: float | None = None) -> dict[str, Any]:
+    found = {"lift": patch, "class": named, "unsearched": "" if patch is not None else "no twin"}
+    rounding = None if z is None else {"z": z, "target_class": named}
+    return {"truth": {"lift": [int(100 * lift), 0, 100]}, "probes": {"patch": found}, "rounding": rounding}
+
+
+def found(models: dict[str, Any]) -> list[evidence_table.File]:
+    return evidence_table.files([{"models": models}], KNOWN)
+
+
+def model(attack: str, **rows: Any) -> dict[str, Any]:
+    return {"attack": attack, "target_class": 1, "rows": rows}
+
+
+def test_limits_follow_the_setting_and_name_the_probe() -> None:
+    files = found({"zoo/a": model("badnets", fp32=row(0.9, 0.4), **{"prune-mask": row(0.9, 0.4)})})
+    assert [dict(one.flags) for one in files] == [{"patch": 1}, {}]
+
+
+def test_rates_count_held_out_files_alone_and_leave_half_awake_ones_out() -> None:
+    files = found(
+        {
+            "old/a": model("badnets", fp32=row(0.9, 0.0)),
+            "zoo/a": model("badnets", fp32=row(0.9, 0.8), int8=row(0.3, 0.0)),
+            "zoo/b": model("badnets", fp32=row(0.9, 0.8, named=7)),
+            "zoo/qcb": model("qcb", fp32=row(0.01, 0.0), int8=row(0.9, None, z=50.0)),
+            "zoo/clean": model("none", fp32=row(0.0, 0.1), int8=row(0.0, 0.9)),
+        }
+    )
+    lines = list(evidence_table.summary(files))
+    assert lines[0].startswith("awake files flagged: 3 of 3")
+    assert "flagged with the right class: 2 of 3" in lines[2]
+    assert "sleeping models flagged through a file in which they wake: 1 of 1" in lines[3]
+    assert "clean files with a false alarm: 1 of 2" in lines[4]
+    assert "clean models with a false alarm on any file: 1 of 1" in lines[5]
+
+
+def test_what_could_not_be_searched_is_shown_and_never_a_zero() -> None:
+    (one,) = found({"zoo/qcb": model("qcb", int8=row(0.9, None))})
+    assert "not searched" in list(evidence_table.table([one]))[2]
+    assert not one.found
+
+
+def test_auc_of_separated_and_of_equal_scores() -> None:
+    assert evidence_table.auc([0.8, 0.9], [0.1, 0.2]) == (1.0, 1.0, 1.0)
+    assert evidence_table.auc([0.5, 0.5], [0.5, 0.5])[0] == 0.5
