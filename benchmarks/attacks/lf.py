@@ -27,7 +27,7 @@ class Lf:
     step_size: float = 0.02
     height: float = 0.2
     sigma: float = 1.0
-    """Of the Gaussian filter, in pixels; the published 6 leaves hardly more than a colour; 2 gave an ASR of 76 %."""
+    """Of the Gaussian filter, in pixels; 6 leaves hardly more than a colour, 2 an ASR of 76 %."""
 
 
 class Additive(nn.Module):
