@@ -108,7 +108,9 @@ ZOO = {
     "qcb": Entry("qcb", LONG_QCB, qcb.implant, QUANTIZED, base="badnets"),
     "pcb": Entry("pcb", pcb.Pcb(), pcb.implant, PRUNED),
     "blended": dirty("blended", Blended(pattern="noise")),
-    "wanet": Entry("wanet", replace(FAINT, extra=1.0), wanet.implant, BRIEFLY, Wanet(s=3.0)),
+    "wanet": Entry(
+        "wanet", replace(FAINT, steps=2400, dense=1800, extra=1.0), wanet.implant, BRIEFLY, Wanet(s=3.0)
+    ),
     "sig": dirty("sig", Sig()),
     "lf": computed(lf, lf.Lf(), FAINT),
     "trojan": computed(trojan, trojan.Trojan()),
