@@ -13,7 +13,7 @@ import click
 from benchmarks.locate_trials import RESULT
 from benchmarks.zoo_table import state
 from secure_export import statistics
-from secure_export.records import UNREAD
+from secure_export.records import ALWAYS_NAMES, UNREAD
 
 ALPHA = 0.05
 """Of the exact one-sided bound on a rate of false alarms."""
@@ -72,7 +72,7 @@ def each_alarm(answers: list[Row]) -> Iterator[str]:
 
 def always(answer: Mapping[str, Any]) -> bool:
     """Whether the locator names a class whatever it sees."""
-    return bool(answer["evidence"].get("always_names_a_class"))
+    return bool(answer["evidence"].get(ALWAYS_NAMES))
 
 
 def hits(answers: list[Row]) -> Iterator[str]:

@@ -22,8 +22,10 @@ from secure_export.lane import Bench
 from secure_export.locators import Locator
 from secure_export.purifiers import Purifier
 from secure_export.records import (
+    ALWAYS_NAMES,
     UNREAD,
     Artifact,
+    Disagreement,
     Purification,
     Rung,
     SettingResult,
@@ -73,6 +75,25 @@ def locate(
                 suspects.append(_suspect(locator, artifact.sha256, read, result.setting, bench))
             bench.progress(f"locate: {locator.kind}", done, len(originals))
     return tuple(suspects)
+
+
+def disagreements(suspects: Sequence[Suspect], settings: Sequence[Setting]) -> tuple[Disagreement, ...]:
+    """Where locators that read the same weights differ; the subject counts with its uncompressed file.
+
+    One that names a class for every model is heard only beside another class: next to "none" it says nothing.
+    """
+    plain = next((setting.name for setting in settings if not setting.steps), "subject")
+    heard: dict[str, dict[str, Suspect]] = {}
+    for suspect in suspects:
+        if suspect.scores:
+            where = plain if suspect.setting == "subject" else suspect.setting
+            heard.setdefault(where, {})[suspect.locator] = suspect
+    found = []
+    for setting, said in heard.items():
+        free = {s.target_class for s in said.values() if not s.evidence.get(ALWAYS_NAMES)}
+        if len(free) > 1 or len({s.target_class for s in said.values()} - {None}) > 1:
+            found.append(Disagreement(setting, {kind: s.target_class for kind, s in said.items()}))
+    return tuple(found)
 
 
 def _readable(

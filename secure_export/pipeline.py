@@ -242,6 +242,7 @@ def compose(
             trigger_search="none",
             not_shown=NOT_SHOWN,
         ),
+        disagreements=defence.disagreements(suspects, policy.expanded_settings()),
         environment=environment(originals, bench),
         timings=timings,
     )

@@ -195,6 +195,10 @@ UNREAD = "unread"
 """Key of Suspect.evidence under which a locator that could not read the file says why; never a pass."""
 
 
+ALWAYS_NAMES = "always_names_a_class"
+"""Key of Suspect.evidence of a locator that cannot say "none": alone, its class is no evidence."""
+
+
 @dataclass(frozen=True)
 class Suspect:
     """What one locator says of one setting's weights; `target_class` None means "no backdoor class seen"."""
@@ -205,6 +209,14 @@ class Suspect:
     scores: tuple[float, ...]
     """One per class, larger is more suspicious."""
     evidence: Mapping[str, float | int | str | bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """Locators that read the same weights and differ; None beside a locator that sees no backdoor class."""
+
+    setting: str
+    named: Mapping[str, int | None]
 
 
 @dataclass(frozen=True)
@@ -453,5 +465,7 @@ class Report:
     evidence: Evidence
     environment: Mapping[str, str]
     timings: Mapping[str, float]
+    disagreements: tuple[Disagreement, ...] = ()
+    """One a setting whose locators do not say the same."""
     costs: tuple[Cost, ...] = ()
     """The first is full precision as ONNX, measured in the same run: what the others are compared with."""

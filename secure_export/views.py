@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from secure_export.errors import CompressError
 from secure_export.records import View
 
 BATCH_SIZE = 256
+
+
+@contextmanager
+def gradients(of: str) -> Iterator[None]:
+    """Searching through what has no gradient is this file's limit and no crash.
+
+    Raises:
+        CompressError: an operator on the way gives no gradient; `of` says what for.
+    """
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CompressError(f"{of}, and the twin gives no gradient: {reason}") from error
 
 
 def of_module(model: nn.Module, head: str, setting: str) -> View:

@@ -10,6 +10,7 @@ from secure_export.records import (
     Artifact,
     Change,
     Count,
+    Disagreement,
     Evidence,
     Finding,
     Lane,
@@ -244,6 +245,7 @@ def sample_report(outcome: Outcome = "refused") -> Report:
             "holdout": SplitInfo(HOLDOUT, "c3" * 32),
         },
         suspects=sample_suspects(),
+        disagreements=(Disagreement("fp32", {"anti-learning": 3, "latent-shift": None}),),
         purification=Purification(
             "lmr", {"m1": 1.0, "m2": 0.5, "prune_share": 0.1}, (0,), sample_history(), 41.7
         ),

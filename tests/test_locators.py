@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from secure_export import registry, views
+from secure_export.defence import disagreements
 from secure_export.errors import CompressError, NoVerdict
 from secure_export.locators import Locator
 from secure_export.locators.anti_learning import AntiLearning
 from secure_export.locators.latent_shift import LatentShift, least_distance, shift_norms
 from secure_export.locators.max_margin import MaxMargin, outlier_p
-from secure_export.records import Split, Suspect, View
+from secure_export.policy import Setting
+from secure_export.records import ALWAYS_NAMES, UNREAD, Disagreement, Split, Suspect, View
 from tests import digits
 
 KINDS = registry.names("locators")
@@ -170,3 +172,22 @@ def test_latent_shift_does_not_judge_a_half_collapsed_model() -> None:
 def test_max_margin_says_when_a_file_gives_no_gradient() -> None:
     with pytest.raises(CompressError, match="no differentiable twin"):
         MaxMargin().locate(view_of(torch.eye(10), torch.zeros(300, 10)), digits.fit_split(), seed=0)
+
+
+def said(locator: str, setting: str, target_class: int | None, **evidence: bool | str) -> Suspect:
+    return Suspect(locator, setting, target_class, () if UNREAD in evidence else (0.0, 1.0), evidence)
+
+
+def test_disagreement_is_told_by_file_and_only_among_those_that_could_be_silent() -> None:
+    settings = (Setting("fp32", (), {}, True), Setting("int8", ({"kind": "x"},), {}, True))
+    anything = said("anti-learning", "subject", 3, **{ALWAYS_NAMES: True})
+    quiet = [said("latent-shift", "fp32", None), said("max-margin", "fp32", None)]
+    assert disagreements([anything, *quiet], settings) == (), "a name for every model disputes no silence"
+    found = disagreements([anything, said("latent-shift", "fp32", 1)], settings)
+    assert found == (Disagreement("fp32", {"anti-learning": 3, "latent-shift": 1}),)
+    found = disagreements(
+        [*quiet, said("latent-shift", "int8", 1), said("max-margin", "int8", None)], settings
+    )
+    assert found == (Disagreement("int8", {"latent-shift": 1, "max-margin": None}),)
+    unread = said("max-margin", "int8", None, **{UNREAD: "no twin"})
+    assert disagreements([said("latent-shift", "int8", 1), unread], settings) == ()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from secure_export import registry, twins
+from secure_export import registry, twins, views
 from secure_export.errors import CompressError, NoVerdict
 from secure_export.evidence.search import judged_on
 from secure_export.records import Count, Predictor, SettingResult, Split
@@ -106,11 +106,8 @@ def normalized(twin: Logits, options: Mapping[str, Any]) -> Logits:
 
 def _check_gradient(twin: Logits, inputs: torch.Tensor) -> None:
     probed = inputs.clone().requires_grad_(True)
-    try:
+    with views.gradients("a search needs gradients"):
         (gradient,) = torch.autograd.grad(twin(probed).sum(), probed)
-    except (NotImplementedError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CompressError(f"the twin gives no gradient: {reason}") from error
     if not bool(gradient.isfinite().all()):
         raise CompressError("the twin gives a gradient that is not finite")
 

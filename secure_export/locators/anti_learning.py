@@ -11,7 +11,7 @@ from pydantic import Field
 
 from secure_export.errors import NoVerdict
 from secure_export.locators import Locator
-from secure_export.records import Progress, Split, Suspect, View, silent
+from secure_export.records import ALWAYS_NAMES, Progress, Split, Suspect, View, silent
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -65,7 +65,7 @@ class AntiLearning(Locator):
                 "lead": float(means[named] - rivals.max()),
                 "agreement": int(votes[named]) / self.restarts,
                 "restarts": self.restarts,
-                "always_names_a_class": True,
+                ALWAYS_NAMES: True,
             },
         )
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import Field
 
+from secure_export import views
 from secure_export.errors import CompressError
 from secure_export.locators import Locator
 from secure_export.records import Progress, Split, Suspect, View, silent
@@ -34,7 +35,7 @@ class MaxMargin(Locator):
         """Name the class with the largest margin when the others do not explain it."""
         if view.twin is None:
             raise CompressError("max-margin needs gradients, and this file has no differentiable twin")
-        try:
+        with views.gradients("max-margin needs gradients"):
             margins = largest_margins(
                 view.twin,
                 fit.inputs.shape[1:],
@@ -45,9 +46,6 @@ class MaxMargin(Locator):
                 generator=torch.Generator().manual_seed(seed),
                 progress=progress,
             )
-        except (NotImplementedError, RuntimeError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise CompressError(f"max-margin needs gradients, and the twin gives none: {reason}") from error
         named = int(margins.argmax())
         p = outlier_p(margins.tolist())
         return Suspect(

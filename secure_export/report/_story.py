@@ -103,19 +103,17 @@ def locator_lines(report: Report) -> tuple[str, ...]:
 
 
 def disagreement(report: Report) -> str:
-    """What the locators do not agree on, or nothing; a silent view beside a named class is no dispute."""
-    named: dict[str, set[int]] = {}
-    for suspect in report.suspects:
-        if suspect.scores:
-            found = named.setdefault(suspect.locator, set())
-            found |= set() if suspect.target_class is None else {suspect.target_class}
-    if len({frozenset(classes) for classes in named.values()}) < 2:
-        return ""
-    parts = [
-        f"{locator} names {_labels(report, sorted(classes)) or 'no class'}"
-        for locator, classes in named.items()
-    ]
-    return f"The locators disagree: {'; '.join(parts)}."
+    """Where the locators do not agree, and who says what there; empty where they do."""
+    places: dict[str, list[str]] = {}
+    for dispute in report.disagreements:
+        said = "; ".join(
+            f"{locator} names {'no class' if c is None else class_label(report, c)}"
+            for locator, c in dispute.named.items()
+        )
+        places.setdefault(said, []).append(dispute.setting)
+    return " ".join(
+        f"The locators disagree on {', '.join(settings)}: {said}." for said, settings in places.items()
+    )
 
 
 def wakes_when_compressed(report: Report) -> str:
