@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secure_export import registry
 from secure_export.errors import CompressError, SecureExportError
 from secure_export.records import Artifact, Cost, Predictor
-from secure_export.runtimes import Runtime
+from secure_export.runtimes import Options
+from secure_export.runtimes import runtime as runtime_of
 
 BATCHES = (1, 64)
 SECONDS = 2.0
@@ -54,7 +54,7 @@ def weights_and_macs(model: nn.Module, example: Tensor) -> tuple[int, int] | Non
     return (parameters, macs[0] // len(example)) if macs[0] else None
 
 
-def measured(artifact: Artifact, shape: tuple[int, ...], options: Mapping[str, Any]) -> Cost:
+def measured(artifact: Artifact, shape: tuple[int, ...], options: Options) -> Cost:
     """Cost of `artifact` for inputs of `shape`, one thread; what cannot be measured is None, and says why."""
     asked = {"kind": artifact.runtime, "options": dict(options), "path": str(artifact.path), "shape": shape}
     try:
@@ -108,7 +108,7 @@ def main() -> None:
         # One core, because not every runtime can be told how many threads to use.
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     try:
-        runtime = registry.build(Runtime, "runtimes", {"kind": asked["kind"], **asked["options"]})
+        runtime = runtime_of(asked["kind"], asked["options"])
         inputs = torch.rand((max(BATCHES), *asked["shape"]), generator=torch.Generator().manual_seed(0))
         before = _reset_peak()
         predict = runtime.open(Path(asked["path"]))

@@ -34,6 +34,7 @@ from secure_export.records import (
     View,
 )
 from secure_export.runtimes import Runtime
+from secure_export.runtimes import runtime as runtime_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,7 +71,7 @@ def locate(
                 suspects.append(_unread(locator, result.setting, reason))
             else:
                 artifact = _readable(result.setting, artifact, originals, settings)
-                runtime = registry.build(Runtime, "runtimes", {"kind": artifact.runtime, **bench.runtime})
+                runtime = runtime_of(artifact.runtime, bench.runtime)
                 read = partial(runtime.view, artifact.path, result.setting)
                 suspects.append(_suspect(locator, artifact.sha256, read, result.setting, bench))
             bench.progress(f"locate: {locator.kind}", done, len(originals))

@@ -8,18 +8,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from secure_export import digests, lane, loading, onnx_files, registry
+from secure_export import digests, lane, loading, onnx_files
 from secure_export.errors import CompressError, LoadError, PolicyError
 from secure_export.factories import printable
 from secure_export.lane import Bench
 from secure_export.measure import Reference, logits_of
 from secure_export.policy.schema import ARTIFACT, SubjectSpec
 from secure_export.records import Artifact, Count, Paired, Predictor, SettingResult, SubjectInfo
-from secure_export.runtimes import Runtime
+from secure_export.runtimes import Options, runtime
 from secure_export.runtimes.torch_eager import from_module
 
 if TYPE_CHECKING:
@@ -40,10 +40,10 @@ class Incoming:
     predict: Predictor
 
 
-def options(wanted: SubjectSpec) -> dict[str, Any]:
+def options(wanted: SubjectSpec) -> Options:
     """How ONNX Runtime opens a stranger's file: apart, and behind the normalization that the user names."""
     normalized = {"mean": wanted.mean, "std": wanted.std} if wanted.mean and wanted.std else {}
-    return {"isolated": True, **normalized}
+    return {"onnxruntime": {"isolated": True, **normalized}}
 
 
 def take(path: Path, bench: Bench) -> Incoming:
@@ -60,8 +60,7 @@ def take(path: Path, bench: Bench) -> Incoming:
     copy = bench.folder / f"artifact-{digests.of_json(path.name)[:8]}.onnx"
     copy.write_bytes(content)
     artifact = Artifact(ARTIFACT, copy, digests.of_file(copy), len(content), "onnx", "onnxruntime")
-    spec = {"kind": artifact.runtime, **bench.runtime}
-    predict = registry.build(Runtime, "runtimes", spec).open(artifact.path)
+    predict = runtime(artifact.runtime, bench.runtime).open(artifact.path)
     classes = tried(predict, bench, path.name)
     info = SubjectInfo(
         path=path.name,

@@ -30,7 +30,8 @@ from secure_export.records import (
     Splits,
     Unmeasured,
 )
-from secure_export.runtimes import Runtime
+from secure_export.runtimes import Options
+from secure_export.runtimes import runtime as runtime_of
 from secure_export.runtimes.torch_eager import from_module
 from secure_export.triggers import Trigger
 
@@ -72,7 +73,7 @@ class Bench:
     """By name: what each trigger does to some samples, for its picture or code may change under one name."""
     seed: int
     progress: Progress
-    runtime: Mapping[str, Any] = field(default_factory=dict)
+    runtime: Options = field(default_factory=dict)
     """Options of the runtimes that open the files."""
 
 
@@ -203,7 +204,7 @@ def unrounded(lined: Lined, setting: Setting, bench: Bench) -> Path | None:
 
 def measured(lane: Lane, reference: Reference, artifact: Artifact, bench: Bench) -> Measurement:
     """What the file does, in the runtime that will run it."""
-    runtime = registry.build(Runtime, "runtimes", {"kind": artifact.runtime, **bench.runtime})
+    runtime = runtime_of(artifact.runtime, bench.runtime)
     determined_by = (
         artifact.sha256,
         dict(runtime.environment()),

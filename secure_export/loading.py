@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from secure_export import architectures, checkpoints, heads
+from secure_export import architectures, channels, checkpoints, heads
 from secure_export.errors import LoadError
 from secure_export.records import InputSpec, Subject
 
@@ -52,15 +52,50 @@ def load(
 
     The file is read once: the digest is of the very bytes that become the weights. `classes` None reads the
     number off the head's weights; `head` None finds the head by tracing; without `mean` and `std` the
-    architecture takes raw inputs itself.
+    architecture takes raw inputs itself. A checkpoint with a channel plan is loaded into the architecture
+    cut by that plan.
 
     Raises:
         LoadError: the file, the architecture or their combination cannot become a classifier.
     """
-    content = _read(path)
+    return from_bytes(
+        _read(path),
+        path,
+        architecture,
+        classes=classes,
+        head=head,
+        mean=mean,
+        std=std,
+        input_shape=input_shape,
+    )
+
+
+def from_bytes(
+    content: bytes,
+    path: Path,
+    architecture: str,
+    *,
+    classes: int | None,
+    head: str | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    input_shape: tuple[int, ...],
+) -> Subject:
+    """As load(), from the bytes of the file that `path` names.
+
+    Raises:
+        LoadError: as load().
+    """
     sha256 = hashlib.sha256(content).hexdigest()
     state = checkpoints.parse(content, path.name)
-    model = _fresh(architecture, classes, head, state, input_shape)
+    plan = channels.read(content, path.name)
+
+    def build(outputs: int | None) -> nn.Module:
+        model = architectures.build(architecture, outputs, input_shape).float().eval()
+        channels.narrow(model, plan, path.name)
+        return model
+
+    model = _fresh(build, classes, head, state, input_shape)
     _fill(model, state, f"{path.name} does not fit {architecture}")
     if mean is not None or std is not None:
         model = Normalized(model, *_moments(mean, std, input_shape), input_shape)
@@ -92,14 +127,14 @@ def _read(path: Path) -> bytes:
 
 
 def _fresh(
-    architecture: str,
+    build: Callable[[int | None], nn.Module],
     classes: int | None,
     head: str | None,
     state: checkpoints.State,
     input_shape: tuple[int, ...],
 ) -> nn.Module:
     """The architecture with as many outputs as asked for, or as the checkpoint's head has."""
-    model = architectures.build(architecture, classes, input_shape).float().eval()
+    model = build(classes)
     if classes is not None:
         return model
     try:
@@ -115,7 +150,7 @@ def _fresh(
     # Only the number of rows may differ: any other shape is a misfit, or a claim of absurd size.
     if weight is None or weight.shape[1:] != own_rows.shape[1:] or len(weight) in (0, outputs):
         return model
-    return architectures.build(architecture, len(weight), input_shape).float().eval()
+    return build(len(weight))
 
 
 def _fill(model: nn.Module, state: checkpoints.State, what: str) -> None:

@@ -20,7 +20,7 @@ from secure_export.environment import Clock, versions
 from secure_export.errors import LoadError, NoVerdict, PolicyError, ReleaseError
 from secure_export.lane import Bench, at_the_head, cost_table, through_settings
 from secure_export.ledger import Ledger
-from secure_export.policy import Policy, approve, check_plugins, judge
+from secure_export.policy import Policy, SubjectSpec, approve, check_plugins, judge
 from secure_export.records import (
     Evidence,
     Finding,
@@ -39,7 +39,8 @@ from secure_export.records import (
 )
 from secure_export.release import locked, release, withdraw
 from secure_export.report.documents import documents, save
-from secure_export.runtimes import Runtime
+from secure_export.runtimes import Options
+from secure_export.runtimes import runtime as runtime_of
 from secure_export.triggers import Trigger
 
 SCHEMA = 1
@@ -75,7 +76,9 @@ def whole_job(
     """Everything up to the verdict, for a model whose architecture is known."""
     with clock("load"):
         subject, splits = load(policy, progress)
-        bench = open_bench(policy, run_dir, splits, progress)
+        bench = replace(
+            open_bench(policy, run_dir, splits, progress), runtime=options(policy.subject, subject)
+        )
     with clock("original"):
         original = at_the_head(subject.model, subject.head, "original", subject.sha256, bench)
         originals = through_settings(original, policy.expanded_settings(), bench)
@@ -149,6 +152,13 @@ def load(policy: Policy, progress: Progress) -> tuple[Subject, Splits]:
     )
     data.check_labels(splits, subject.classes)
     return subject, splits
+
+
+def options(wanted: SubjectSpec, subject: Subject) -> Options:
+    """Files that hold weights alone are opened into the subject's architecture."""
+    moments = {"mean": wanted.mean, "std": wanted.std} if wanted.mean and wanted.std else {}
+    shape = {"input_shape": subject.input_spec.shape, "classes": subject.classes, "head": wanted.head}
+    return {"safetensors": {"architecture": subject.architecture, **shape, **moments}}
 
 
 def load_data(policy: Policy, progress: Progress) -> Splits:
@@ -295,6 +305,6 @@ def environment(results: Sequence[SettingResult], bench: Bench) -> Mapping[str, 
     """Versions, and for each runtime that measured a file its own options."""
     found = dict(versions())
     for kind in sorted({r.artifact.runtime for r in results if r.artifact is not None}):
-        runtime = registry.build(Runtime, "runtimes", {"kind": kind, **bench.runtime})
+        runtime = runtime_of(kind, bench.runtime)
         found |= {f"{kind}.{name}": value for name, value in runtime.environment().items()}
     return found

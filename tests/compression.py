@@ -18,6 +18,7 @@ from secure_export.errors import PolicyError
 from secure_export.formats import Format
 from secure_export.formats.onnx import Onnx
 from secure_export.records import Change, Split
+from secure_export.runtimes import Runtime
 
 P = TypeVar("P", bound=registry.Plugin)
 HEAD, CLASSES, SHAPE = "head", 4, (3, 12, 12)
@@ -65,6 +66,13 @@ def built(base: type[P], family: str, kind: str, **options: Any) -> P:
         if "is not installed" not in error.message:
             raise
         pytest.skip(f"{error.message}: {error.hint}")
+
+
+def running(name: str, **options: Any) -> Runtime:
+    """The runtime `name` for files of `network()`, with those of `options` that it has."""
+    known = registry.load("runtimes", name).model_fields
+    given = {"architecture": f"{__name__}:network", "input_shape": SHAPE, **options}
+    return built(Runtime, "runtimes", name, **{key: value for key, value in given.items() if key in known})
 
 
 def network(seed: int = 0) -> Residual:

@@ -6,18 +6,20 @@ import importlib.util
 import shutil
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from torch import nn
 
 from secure_export import digests, registry
+from secure_export.compressors.torchao_pt2e_static_int8 import TorchaoPt2eStaticInt8
 from secure_export.errors import CompressError
 from secure_export.formats import Format
+from secure_export.formats import onnx as form
 from secure_export.formats.onnx import Onnx
-from secure_export.runtimes import Runtime
 from tests import compression
-from tests.compression import built, images, network
+from tests.compression import built, images, network, running
 
 NAMES = registry.names("formats")
 
@@ -32,7 +34,7 @@ def test_file_opens_in_its_runtime_and_agrees_with_eager(name, tmp_path, capfd):
     path = tmp_path / f"model{form.suffix}"
     before = digests.of_state(model.state_dict())
     form.write(model, images(1), path)
-    predict = registry.build(Runtime, "runtimes", {"kind": form.runtime}).open(path)
+    predict = running(form.runtime).open(path)
     for n in (1, 2, 7):
         assert torch.allclose(predict(images(n)), model(images(n)), atol=1e-4)
     assert predict(images(0)).shape == (0, compression.CLASSES)
@@ -86,9 +88,11 @@ class OneSize(compression.Residual):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("model", [Branching, OneSize])
 def test_untraceable_model_is_refused(name, model, tmp_path, capfd):
-    path = tmp_path / "model"
+    path, form = tmp_path / "model", default(name)
+    if not form.holds_graph:
+        pytest.skip("it holds weights alone")
     with pytest.raises(CompressError, match="cannot export") as caught:
-        default(name).write(model().eval(), images(2), path)
+        form.write(model().eval(), images(2), path)
     assert "\n" not in str(caught.value)
     assert not path.exists()
     assert capfd.readouterr().out == ""
@@ -113,6 +117,31 @@ def test_onnx_with_nan_logits_is_refused(tmp_path):
     nn.init.constant_(model.head.bias, float("nan"))
     with pytest.raises(CompressError, match="disagrees with eager"):
         Onnx().write(model, images(4), tmp_path / "model.onnx")
+
+
+@pytest.fixture(scope="module")
+def rounding():
+    """A PT2E graph, whose activations are rounded: eager as ONNX would have it."""
+    return TorchaoPt2eStaticInt8().on_module(network(), compression.context(network()))[0]
+
+
+def test_rounding_graph_may_differ_as_eager_does_from_itself(rounding, tmp_path):
+    path = tmp_path / "model.onnx"
+    Onnx().write(rounding, images(2), path)
+    assert "QuantizeLinear" in {node.op_type for node in onnx.load(path).graph.node}
+
+
+@pytest.mark.parametrize("factor", [0.97, 1.03, float("nan")])
+def test_wrong_scale_in_a_rounding_graph_is_refused(factor, rounding, tmp_path):
+    proto = form.exported(rounding, images(2))
+    weights = {tensor.name: tensor for tensor in proto.graph.initializer}
+    node = next(n for n in proto.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in weights)
+    scale = weights[node.input[1]]
+    scale.CopyFrom(
+        onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(scale) * np.float32(factor), scale.name)
+    )
+    with pytest.raises(CompressError, match="disagrees with eager"):
+        form.check_agreement(rounding, proto.SerializeToString(), images(2), 1e-3, rounds=True)
 
 
 def test_onnx_names_and_contents(tmp_path):

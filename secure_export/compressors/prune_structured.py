@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,15 +10,17 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from secure_export import channels
 from secure_export.compressors import Context, ModuleStep
 from secure_export.compressors._layers import recalibrate_batchnorm, weighted_layers
-from secure_export.errors import CompressError
+from secure_export.errors import CompressError, LoadError
 from secure_export.records import Change
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-
+History = list[tuple[str, bool, list[int]]]
+"""torch-pruning's: layer, whether its outputs were cut, and which."""
 UNFOLLOWABLE = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What torch-pruning raises on a graph whose dependencies it misreads; it has no exception of its own."""
 
@@ -44,12 +47,13 @@ class PruneStructured(ModuleStep):
         Raises:
             CompressError: nothing can be pruned, nothing was, or the pruned model does not run.
         """
-        before = channels(model, context.head)
+        before = widths(model, context.head)
         if not before:
             raise CompressError("prune-structured: the model has no Conv2d or Linear besides its head")
         example = context.calibration.floats(slice(0, 1))
         classes = model.get_submodule(context.head).get_parameter("weight").shape[0]
-        prune(
+        whole = copy.deepcopy(model)
+        history = prune(
             model,
             context.head,
             example,
@@ -57,7 +61,7 @@ class PruneStructured(ModuleStep):
             importance=self.importance,
             global_pruning=self.global_pruning,
         )
-        after = channels(model, context.head)
+        after = widths(model, context.head)
         removed = sum(before.values()) - sum(after.values())
         if removed <= 0:
             raise CompressError(
@@ -65,41 +69,42 @@ class PruneStructured(ModuleStep):
                 hint="raise the ratio: the layers are too narrow for it",
             )
         check(model, example, classes)
+        told = kept(whole, history, example)
+        channels.remember(model, told if same(model, whole, told) else None)
         if self.recalibrate:
             recalibrate_batchnorm(model, context.calibration)
         detail = f"{self.importance}, {'global' if self.global_pruning else 'per layer'}"
         return model.eval(), Change(self.kind, removed, sum(before.values()), "channels", detail)
 
 
-def channels(model: nn.Module, head: str) -> dict[str, int]:
+def widths(model: nn.Module, head: str) -> dict[str, int]:
     """Output channels of every prunable layer."""
     return {name: layer.weight.shape[0] for name, layer in weighted_layers(model, head)}
 
 
 def prune(
     model: nn.Module, head: str, example: Tensor, *, ratio: float, importance: str, global_pruning: bool
-) -> None:
-    """Remove channels from `model` in place; `example` is one raw input [1, ...].
+) -> History:
+    """Remove channels from `model` in place; `example` is one raw input [1, ...]. What was cut, in order.
 
     Raises:
         CompressError: torch-pruning cannot follow this model.
     """
-    attentions = timm_attentions(model)
-    for attention in attentions:
-        # The fused kernel hides how channels depend on each other, and would rescale by the pruned width.
-        attention.fused_attn = False
+    # The fused kernel hides how channels depend on each other.
+    channels.mend_attentions(model)
     # torch-pruning follows autograd's graph: parameters that need no gradient are silently left as they are.
     model.requires_grad_(True)
     try:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # ViT tokens: pruned along their last axis, which is right
-            pruner(model, head, example, ratio, importance, global_pruning).step()
+            made = pruner(model, head, example, ratio, importance, global_pruning)
+            made.step()
     except UNFOLLOWABLE as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise CompressError(f"prune-structured: torch-pruning cannot follow this model: {reason}") from error
-    for attention in attentions:
-        attention.head_dim = attention.qkv.out_features // (3 * attention.num_heads)
-        attention.attn_dim = attention.head_dim * attention.num_heads
+    channels.mend_attentions(model)
+    found: History = made.pruning_history()
+    return found
 
 
 def pruner(
@@ -118,17 +123,32 @@ def pruner(
         global_pruning=global_pruning,
         pruning_ratio=ratio,
         ignored_layers=[model.get_submodule(head)],
-        num_heads={attention.qkv: attention.num_heads for attention in timm_attentions(model)},
+        num_heads={attention.qkv: attention.num_heads for attention in channels.attentions(model)},
     )
 
 
-def timm_attentions(model: nn.Module) -> list[Any]:
-    """timm's attention blocks: a joint qkv projection whose heads must stay equally wide."""
-    return [
-        layer
-        for layer in model.modules()
-        if isinstance(getattr(layer, "qkv", None), nn.Linear) and hasattr(layer, "num_heads")
-    ]
+def kept(whole: nn.Module, history: History, example: Tensor) -> channels.Plan:
+    """The plan behind `history`, by doing it again to a copy of `whole` whose values are their own places."""
+    import torch_pruning as tp
+
+    tagged = copy.deepcopy(whole)
+    channels.tag(tagged)
+    channels.mend_attentions(tagged)
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = tp.DependencyGraph().build_dependency(tagged.requires_grad_(True), example.double())
+        graph.load_pruning_history(history)
+    return channels.traced(tagged, whole)
+
+
+def same(model: nn.Module, whole: nn.Module, plan: channels.Plan) -> bool:
+    """Whether `plan` cuts `whole` (changed in place) into exactly `model`."""
+    try:
+        channels.narrow(whole, plan, "the pruned model")
+    except LoadError:
+        return False
+    found, wanted = whole.state_dict(), model.state_dict()
+    return found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in found)
 
 
 @torch.no_grad()

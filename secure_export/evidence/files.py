@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from secure_export import registry, twins, views
+from secure_export import twins, views
 from secure_export.errors import CompressError, NoVerdict
 from secure_export.evidence.search import judged_on
 from secure_export.records import Count, Predictor, SettingResult, Split
-from secure_export.runtimes import Runtime
+from secure_export.runtimes import Options, runtime
+from secure_export.runtimes.safetensors import Safetensors
 from secure_export.runtimes.torch_eager import program
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from secure_export.probes import Logits
 
 LEAST_AGREEMENT = 0.9
@@ -42,15 +41,13 @@ class Opened:
     """In words, or ""."""
 
 
-def opened(result: SettingResult, fit: Split, options: Mapping[str, Any]) -> Opened | str:
+def opened(result: SettingResult, fit: Split, options: Options) -> Opened | str:
     """The file of a setting, or why there is nothing to search; `options` of its runtime."""
     artifact = result.artifact
     if artifact is None or result.measurement is None:
         return result.unmeasured.reason if result.unmeasured else "no file was measured"
     try:
-        predictor = registry.build(Runtime, "runtimes", {"kind": artifact.runtime, **options}).open(
-            artifact.path
-        )
+        predictor = runtime(artifact.runtime, options).open(artifact.path)
         predicted = predictor(fit.floats()).argmax(1)
     except NoVerdict as error:
         return error.message
@@ -58,7 +55,7 @@ def opened(result: SettingResult, fit: Split, options: Mapping[str, Any]) -> Ope
     agreement, why = None, ""
     twin: Logits | None = None
     try:
-        twin = normalized(twin_of(artifact.path, artifact.format), options)
+        twin = twin_of(artifact.path, artifact.format, options)
         _check_gradient(twin, inputs[:2])
         with torch.no_grad():
             same = int((twin(inputs).argmax(1) == predictor(inputs).argmax(1)).sum())
@@ -78,16 +75,18 @@ def opened(result: SettingResult, fit: Split, options: Mapping[str, Any]) -> Ope
     )
 
 
-def twin_of(path: Path, form: str) -> nn.Module:
-    """A differentiable module with the weights and the rounding of a written file.
+def twin_of(path: Path, form: str, options: Options) -> Logits:
+    """A differentiable function with the weights and the rounding of a written file.
 
     Raises:
         CompressError: there is none for this format, or for a part of this file.
     """
     if form == "onnx":
-        return twins.of_onnx(path)
+        return normalized(twins.of_onnx(path), options.get("onnxruntime", {}))
     if form == "pt2":
         return program(path)
+    if form == "safetensors":
+        return Safetensors(**options.get("safetensors", {})).subject(path).model
     raise CompressError(f"no differentiable twin of {path.name}: none for {form} files")
 
 

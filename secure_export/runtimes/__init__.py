@@ -5,10 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from secure_export import registry
 from secure_export.records import Predictor, View
 from secure_export.registry import Plugin
+
+Options = Mapping[str, Mapping[str, Any]]
+"""By the name of a runtime, how it opens files in this run."""
 
 
 class Runtime(Plugin):
@@ -36,3 +40,12 @@ class Runtime(Plugin):
     @abstractmethod
     def environment(self) -> Mapping[str, str]:
         """Version, provider and options, for the report."""
+
+
+def runtime(kind: str, options: Options) -> Runtime:
+    """The runtime called `kind` with its own of `options`.
+
+    Raises:
+        PolicyError: its library is not installed.
+    """
+    return registry.build(Runtime, "runtimes", {"kind": kind, **options.get(kind, {})})
