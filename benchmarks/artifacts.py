@@ -1,10 +1,11 @@
 """Every format that ships, on one model: which toolchain makes it, and what its file does, counted.
 
     python -m benchmarks.artifacts qcb clean --zoo build/zoo
-    python -m benchmarks.artifacts --support mobilenetv2_100 --support vit_small_patch16_224
+    python -m benchmarks.artifacts --support resnet18 --support mobilenetv2 --support vit_small
 
 `--support` networks have fresh weights: they show what a toolchain can make and how near the file is
-to eager, and nothing of accuracy. Extras that are not installed appear as unmeasured, with the reason.
+to eager, and nothing of accuracy. Extras that are not installed appear as unmeasured, with the reason,
+unless another environment has stored the row already (LiteRT needs a torch of its own).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import nn
 from benchmarks import cards, datasets, networks
 from secure_export import architectures, digests, heads, registry
 from secure_export.compressors import Context
+from secure_export.compressors._layers import recalibrate_batchnorm
 from secure_export.compressors.fake_quant import FakeQuant
 from secure_export.environment import versions
 from secure_export.lane import Bench, Lined, at_the_head, through_settings
@@ -38,7 +40,8 @@ from secure_export.triggers import Trigger
 
 RESULTS = Path(__file__).parent / "results" / "artifacts.json"
 ORT, PTE, OV = {"kind": "onnx"}, {"kind": "executorch"}, {"kind": "openvino"}
-PT2 = {"kind": "pt2"}
+PT2, WEIGHTS, TFLITE = {"kind": "pt2"}, {"kind": "safetensors"}, {"kind": "litert"}
+HALF = {"kind": "prune-structured", "ratio": 0.5}
 STEPS: dict[str, tuple[list[dict[str, Any]], dict[str, str]]] = {
     "fp32 onnx": ([], ORT),
     "fp32 pt2": ([], PT2),
@@ -60,7 +63,16 @@ STEPS: dict[str, tuple[list[dict[str, Any]], dict[str, str]]] = {
     "int8 xnnpack pte": ([{"kind": "executorch-int8"}], PTE),
     "int8 xnnpack pt2": ([{"kind": "executorch-int8"}], PT2),
     "int8 nncf openvino": ([{"kind": "nncf-int8"}], OV),
+    "int8 nncf mixed openvino": ([{"kind": "nncf-int8", "preset": "mixed"}], OV),
+    "fp32 tflite": ([], TFLITE),
+    "int8 static tflite": ([{"kind": "litert-int8"}], TFLITE),
+    "int8 dynamic tflite": ([{"kind": "litert-int8", "activations": "dynamic"}], TFLITE),
+    "int8 weight-only tflite": ([{"kind": "litert-int8", "activations": "float"}], TFLITE),
+    "pruned onnx": ([HALF], ORT),
+    "pruned safetensors": ([HALF], WEIGHTS),
 }
+SUPPORT = 16
+"""Images that calibrate, and that are measured, where weights are fresh."""
 GRIDS = [
     FakeQuant(grid=grid, per_channel=per_channel, fold=fold)
     for per_channel in (True, False)
@@ -71,11 +83,11 @@ GRIDS = [
 
 @click.command()
 @click.argument("models", nargs=-1)
-@click.option("--support", multiple=True, help="timm networks with fresh weights.")
+@click.option("--support", multiple=True, help="Networks of benchmarks.networks, with fresh weights.")
 @click.option("--zoo", default="build/zoo", type=click.Path(path_type=Path))
 @click.option("--data", default="build/data", type=click.Path(path_type=Path), help="Cache of CIFAR-10.")
 @click.option("--holdout", default=400, show_default=True, help="Test images to measure on.")
-@click.option("--only", default="", help="Settings whose name contains this.")
+@click.option("--only", multiple=True, help="Settings whose name contains this; none = all, and the grids.")
 @click.option("--table", is_flag=True, help="Print the stored results as Markdown; measure nothing.")
 def main(
     models: tuple[str, ...],
@@ -83,7 +95,7 @@ def main(
     zoo: Path,
     data: Path,
     holdout: int,
-    only: str,
+    only: tuple[str, ...],
     table: bool,
 ) -> None:
     """Measure every format on MODELS of the zoo; results are added to benchmarks/results/artifacts.json."""
@@ -103,23 +115,23 @@ def main(
     for name in support:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            fresh = architectures.build(f"timm:{name}", 10, (3, 32, 32)).eval()
+            fresh = architectures.build(f"benchmarks.networks:{name}", 10, (3, 32, 32)).eval()
         head, _ = heads.find(fresh, (3, 32, 32))
-        few = split(datasets.cifar10(data), 32)
+        few = split(datasets.cifar10(data), SUPPORT, SUPPORT)
+        recalibrate_batchnorm(fresh, few.calibration)  # fresh statistics let the signal die out
         store(name, "about", "weights", {"from": "seed 0, untrained: support only"})
         measured(name, fresh, head, digests.of_state(fresh.state_dict()), few, {}, only, grids=())
 
 
-def split(images: datasets.Images, holdout: int) -> Splits:
+def split(images: datasets.Images, holdout: int, calibration: int = 200) -> Splits:
     """The first training images calibrate, the first test images are measured."""
 
     def part(x: torch.Tensor, y: torch.Tensor) -> Split:
         return Split(x, y, digests.of_arrays(x.numpy(), y.numpy()))
 
-    calibration = part(images.train_x[:200], images.train_y[:200])
     return Splits(
         fit=part(images.train_x[200:400], images.train_y[200:400]),
-        calibration=calibration,
+        calibration=part(images.train_x[:calibration], images.train_y[:calibration]),
         holdout=part(images.test_x[:holdout], images.test_y[:holdout]),
         class_names=tuple(map(str, range(10))),
     )
@@ -132,7 +144,7 @@ def measured(
     identity: str,
     splits: Splits,
     triggers: Mapping[str, Trigger],
-    only: str,
+    only: Sequence[str],
     grids: Sequence[FakeQuant] = GRIDS,
 ) -> None:
     """What came of each grid of the sweep and of each setting, stored one by one under `name`."""
@@ -145,27 +157,41 @@ def measured(
             trigger_digests={},
             seed=0,
             progress=lambda *_: None,
+            runtime={"safetensors": skeleton(name)},
         )
         lined = at_the_head(model, head, "original", identity, bench)
         for step in () if only else grids:
             store(name, "grids", label(step), swept_row(step, lined, bench))
         for setting, (steps, form) in STEPS.items():
-            if only in setting:
+            if not only or any(part in setting for part in only):
                 (result,) = through_settings(lined, [Setting(setting, tuple(steps), form, False)], bench)
                 store(name, "settings", setting, row(result))
+
+
+def skeleton(name: str) -> dict[str, Any]:
+    """What weights alone are opened into: a model of the zoo behind its normalization, or a bare network."""
+    bare = hasattr(networks, name)
+    options = {"architecture": f"benchmarks.networks:{name if bare else 'resnet18_w16'}"}
+    moments = {} if bare else {"mean": datasets.MEAN, "std": datasets.STD}
+    return {**options, "input_shape": (3, 32, 32), "classes": 10, **moments}
 
 
 def row(result: SettingResult) -> dict[str, Any]:
     """Counts of one file, or why there are none; whether a locator could read its head."""
     if result.measurement is None or result.artifact is None:
-        return {"unmeasured": result.unmeasured.reason if result.unmeasured else "no file"}
-    runtime = registry.build(Runtime, "runtimes", {"kind": result.artifact.runtime})
+        return {
+            "unmeasured": result.unmeasured.reason if result.unmeasured else "no file",
+            "torch": torch.__version__,
+        }
+    runtime = registry.load("runtimes", result.artifact.runtime)
+    reads = issubclass(runtime, Runtime) and runtime.reads_heads
     return {
         **numbers(result.measurement),
         "changes": [[c.changed, c.total, c.unit] for c in result.artifact.changes],
         "bytes": result.artifact.size,
         "sha256": result.artifact.sha256,
-        "head": "read" if runtime.reads_heads else "compiled",
+        "head": "read" if reads else "compiled",
+        "torch": torch.__version__,
     }
 
 
@@ -200,34 +226,70 @@ def store(name: str, part: str, key: str, found: Mapping[str, Any]) -> None:
     """Add one row to the results, and say it."""
     click.echo(f"{name} {key}: {dict(found)}")
     content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"seed": 0, "models": {}}
-    content["models"].setdefault(name, {}).setdefault(part, {})[key] = dict(found)
+    rows = content["models"].setdefault(name, {}).setdefault(part, {})
+    if absent(found) and not absent(rows.get(key, found)):
+        return  # measured in another environment
+    rows[key] = dict(found)
     content["versions"] = dict(versions())
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def absent(found: Mapping[str, Any]) -> bool:
+    """Whether a row is missing for want of an extra."""
+    return "is not installed" in found.get("unmeasured", "")
+
+
 def drawn(models: Mapping[str, Any]) -> str:
-    """The stored results as Markdown: a table a model."""
-    lines = []
-    for name, parts in models.items():
-        target_class = parts["about"].get("card", {}).get("target_class")
-        lines += [
-            "",
-            f"{name}:",
-            "",
-            "| setting | ACC | ASR | agreement | logits apart | kB |",
-            "|---|---|---|---|---|---|",
-        ]
-        for key, found in {**parts.get("settings", {}), **parts.get("grids", {})}.items():
-            if "unmeasured" in found:
-                lines.append(f"| {key} | not made: {found['unmeasured'].split('. ')[0][:120]} | | | | |")
-                continue
-            own = found["asr"].get("own")
-            asr = percent(own[target_class]) if own and target_class is not None else "–"
-            size = f"{found['bytes'] / 1000:,.0f}" if "bytes" in found else "–"
-            acc = percent(found["acc"]) if own else "–"
-            apart = f"{found['logit_difference']:.2g}"
-            lines.append(f"| {key} | {acc} | {asr} | {percent(found['agreement'])} | {apart} | {size} |")
-    return "\n".join(lines[1:])
+    """The stored results as Markdown: a table a model, and one for all that have fresh weights."""
+    backdoored = {name: parts for name, parts in models.items() if "card" in parts["about"]}
+    tables = [drawn_model(name, parts) for name, parts in backdoored.items()]
+    fresh = {name: parts["settings"] for name, parts in models.items() if name not in backdoored}
+    return "\n\n".join([*tables, *([drawn_support(fresh)] if fresh else [])])
+
+
+def drawn_model(name: str, parts: Mapping[str, Any]) -> str:
+    """Every setting and grid of one model of the zoo."""
+    target_class = parts["about"]["card"].get("target_class")
+    head = "| setting | ACC | ASR | agreement | logits apart | kB |"
+    lines = [f"{name}:", "", head, "|---|---|---|---|---|---|"]
+    order = list(STEPS)
+    settings = sorted(parts.get("settings", {}).items(), key=lambda item: order.index(item[0]))
+    for key, found in [*settings, *parts.get("grids", {}).items()]:
+        if "unmeasured" in found:
+            lines.append(f"| {key} | {why(found)} | | | | |")
+            continue
+        own = found["asr"].get("own")
+        asr = percent(own[target_class]) if own and target_class is not None else "–"
+        size = f"{found['bytes'] / 1000:,.0f}" if "bytes" in found else "–"
+        apart = f"{found['logit_difference']:.2g}"
+        lines.append(
+            f"| {key} | {percent(found['acc'])} | {asr} | {percent(found['agreement'])} | {apart} | {size} |"
+        )
+    return "\n".join(lines)
+
+
+def drawn_support(models: Mapping[str, Mapping[str, Any]]) -> str:
+    """What becomes of each network: largest logit difference, samples of the same class, size."""
+    lines = ["| setting | " + " | ".join(models) + " |", "|---" * (1 + len(models)) + "|"]
+    for setting in STEPS:
+        cells = []
+        for settings in models.values():
+            found = settings.get(setting)
+            if found is None:
+                cells.append("not tried")
+            elif "unmeasured" in found:
+                cells.append(why(found))
+            else:
+                hits, total = found["agreement"]
+                apart, size = found["logit_difference"], found["bytes"] / 1e6
+                cells.append(f"{apart:.2g}; {hits} of {total}; {size:.1f} MB")
+        lines.append(f"| {setting} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def why(found: Mapping[str, Any]) -> str:
+    """In one cell, why there is no file or no measurement."""
+    return f"not made: {found['unmeasured'].split('. ')[0][:160]}".replace("|", "/")
 
 
 def percent(count: Sequence[int]) -> str:

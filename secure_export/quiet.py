@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 
 @contextmanager
@@ -25,11 +25,15 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def silent_stderr() -> Iterator[None]:
-    """Nothing on file descriptor 2, where the C++ parts of some libraries say what they think of the CPU."""
+    """Nothing on file descriptor 2, where the C++ parts of some libraries say what they think of the CPU.
+
+    Nor on sys.stderr, which need not end there: notebooks and test runners put their own in its place.
+    """
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)

@@ -26,6 +26,11 @@ class NncfInt8(FileStep):
     preset: Literal["performance", "mixed"] = Field(
         "performance", description="performance: activations symmetric too; mixed: activations not"
     )
+    ranges: Literal["minmax", "mean"] = Field(
+        "minmax",
+        description="of activations: the extremes over all samples; or NNCF's own default, the mean of each "
+        "sample's extremes, which clips what lies beyond",
+    )
     samples: int = Field(200, ge=1, description="calibration samples to use, or all where there are fewer")
 
     def on_file(self, source: Path, target: Path, context: Context) -> Change:
@@ -39,12 +44,17 @@ class NncfInt8(FileStep):
         try:
             with quiet():
                 import nncf
+                from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
+                ranges = {"minmax": "MINMAX", "mean": "MEAN_MINMAX"}[self.ranges]
                 model = nncf.quantize(
                     unpacked(source),
                     nncf.Dataset(inputs),
                     preset=nncf.QuantizationPreset(self.preset),
                     subset_size=len(inputs),
+                    advanced_parameters=nncf.AdvancedQuantizationParameters(
+                        activations_range_estimator_params=getattr(RangeEstimatorParametersSet, ranges)
+                    ),
                 )
                 content = packed(model)
         except (CompressError, RuntimeError, ValueError, AttributeError) as error:
@@ -55,4 +65,6 @@ class NncfInt8(FileStep):
         if not changed:
             raise CompressError(f"{self.kind}: cannot quantize {source.name}: no layer was changed")
         target.write_bytes(content)
-        return Change(self.kind, changed, len(layers), "tensors", f"{self.preset}, weights per channel")
+        return Change(
+            self.kind, changed, len(layers), "tensors", f"{self.preset}, {self.ranges}, weights per channel"
+        )

@@ -27,6 +27,10 @@ SESSION_ERRORS = (ort.Fail, ort.InvalidGraph, ort.InvalidArgument, ort.NotImplem
 LARGEST = 2**31 - 1
 """Bytes that one protobuf message can hold; a larger model would need side files."""
 
+PROBES, LAST_BITS, TWICE = 32, 2.0**-20, 2
+"""Samples on which a rounding file is compared, how much their inputs are moved to see how far eager goes by
+itself, and how many times as far and as often the file may be."""
+
 
 class Onnx(Format):
     """One self-contained .onnx file: input "input" [N, ...] in [0, 1], output "logits" [N, classes]."""
@@ -37,7 +41,8 @@ class Onnx(Format):
     tolerance: float = Field(
         1e-3,
         gt=0,
-        description="largest logit difference to eager, relative to the largest logit (at least 1)",
+        description="largest logit difference to eager, relative to the largest logit (at least 1); files "
+        "that round activations may differ as eager does from itself, see check_agreement",
     )
 
     def write(self, model: nn.Module, example: Tensor, path: Path) -> None:
@@ -57,7 +62,8 @@ class Onnx(Format):
                 f"the model does not fit in one ONNX file: {first_line(error)}",
                 hint=f"weights must stay below {LARGEST} bytes in all",
             ) from error
-        check_agreement(model, content, example, self.tolerance)
+        rounds = any(node.op_type == "QuantizeLinear" for node in proto.graph.node)
+        check_agreement(model, content, example, self.tolerance, rounds=rounds)
         path.write_bytes(content)
 
 
@@ -107,8 +113,15 @@ def _clear(message: Any) -> None:
                 _clear(part)
 
 
-def check_agreement(model: nn.Module, content: bytes, example: Tensor, tolerance: float) -> None:
+def check_agreement(
+    model: nn.Module, content: bytes, example: Tensor, tolerance: float, *, rounds: bool
+) -> None:
     """Compare the file's logits with eager's, on the example and on another batch size.
+
+    With `rounds` activations are rounded on the way, and a sum that comes out a float's last bit higher can
+    end one step higher. Eager does the same to itself when its inputs move by their last bits, on some noisy
+    copies of the example; so the export, run as it is written, without integer kernels, may leave the limit
+    on up to twice as many of them, and be further away by up to twice as much on average.
 
     Raises:
         CompressError: not finite, or apart by more than `tolerance` times the largest logit (at least 1).
@@ -116,10 +129,15 @@ def check_agreement(model: nn.Module, content: bytes, example: Tensor, tolerance
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
-    for inputs in (example, example.repeat(3, *[1] * (example.ndim - 1))[: len(example) + 1]):
+    batches = [example, example.repeat(3, *[1] * (example.ndim - 1))[: len(example) + 1]]
+    if rounds:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        batches = [noisy(example)]
+    for inputs in batches:
         try:
             with torch.no_grad():
                 expected = model(inputs).float()
+                moved = model(inputs * (1 + LAST_BITS)).float() if rounds else expected
         except (RuntimeError, ValueError) as error:
             raise CompressError(
                 f"cannot export to ONNX: the model fails on a batch of {len(inputs)}: {first_line(error)}"
@@ -132,13 +150,28 @@ def check_agreement(model: nn.Module, content: bytes, example: Tensor, tolerance
         got = torch.from_numpy(logits)
         if got.shape != expected.shape:
             raise CompressError(f"the export gives logits {tuple(got.shape)}, eager {tuple(expected.shape)}")
-        difference = float((got - expected).abs().max())
         limit = tolerance * max(1.0, float(expected.abs().max()))
+        apart, own = (got - expected).abs(), (moved - expected).abs()
         # Written so that NaN fails. Within the limit the argmax can differ between near ties only.
-        if not difference <= limit:
+        furthest = float(apart.max())
+        if not (furthest <= limit or (rounds and _as_itself(apart, own, limit))):
             raise CompressError(
-                f"the export disagrees with eager: logits differ by {difference:.3g}, limit {limit:.3g}"
+                f"the export disagrees with eager: logits differ by {furthest:.3g}, limit {limit:.3g}"
             )
+
+
+def _as_itself(apart: Tensor, own: Tensor, limit: float) -> bool:
+    """Whether differences `apart` [N, classes] are as rare and as small as eager's `own`, within twice."""
+    beyond, allowed = (int((rows.amax(1) > limit).sum()) for rows in (apart, own))
+    finite = bool(apart.isfinite().all())
+    return finite and beyond <= TWICE * allowed and float(apart.mean()) <= TWICE * float(own.mean())
+
+
+def noisy(example: Tensor) -> Tensor:
+    """PROBES copies of `example` [N, ...] with noise, the same each time."""
+    copies = example.repeat(-(-PROBES // len(example)), *[1] * (example.ndim - 1))[:PROBES]
+    noise = torch.rand(copies.shape, generator=torch.Generator().manual_seed(0))
+    return (copies + 0.2 * (noise - 0.5)).clamp(0, 1)
 
 
 def first_line(error: BaseException) -> str:
