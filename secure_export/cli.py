@@ -121,6 +121,11 @@ def validate(policy: str, **given: Any) -> None:
     for setting in settings:
         steps = " → ".join(str(step["kind"]) for step in setting.steps) or "full precision"
         click.echo(f"  {setting.name}: {steps} → {setting.format['kind']}")
+    if loaded.evidence is None:
+        click.echo("  no evidence section: no file is searched for triggers that the policy does not name")
+    else:
+        searched = ", ".join(loaded.evidence.kinds)
+        click.echo(f"  every file is searched: {searched}; {len(loaded.evidence.rules)} rules on what is found")
 
 
 @main.command("list")

@@ -130,11 +130,12 @@ def test_init_writes_a_policy_that_validates_and_never_overwrites(tmp_path: Path
     assert (tmp_path / "policy.yaml").read_text() == written
 
 
-@pytest.mark.parametrize("name", ["strict", "balanced", "smoke"])
-def test_shipped_policies_validate_by_name(name: str) -> None:
+@pytest.mark.parametrize(("name", "searched"), [("strict", False), ("smoke", False), ("blind", True)])
+def test_validate_says_whether_triggers_are_searched(name: str, searched: bool) -> None:
     code, output = invoke("validate", "-p", name)
     assert code == 0, output
-    assert "settings" in output
+    assert ("every file is searched: patch, l2, linf, warp" in output) == searched
+    assert ("no file is searched" in output) != searched
 
 
 def test_validate_names_a_missing_model() -> None:
