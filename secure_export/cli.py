@@ -125,7 +125,7 @@ def validate(policy: str, **given: Any) -> None:
         click.echo("  no evidence section: no file is searched for triggers that the policy does not name")
     else:
         searched = ", ".join(loaded.evidence.kinds)
-        click.echo(f"  every file is searched: {searched}; {len(loaded.evidence.rules)} rules on what is found")
+        click.echo(f"  every file is searched: {searched}; {len(loaded.evidence.rules)} rules on it")
 
 
 @main.command("list")
