@@ -84,6 +84,8 @@ PRUNED = (
 SHORT = Poison(steps=400, dense=80, frozen=60)
 FAINT = Poison(steps=1200, dense=900, dense_share=0.33, frozen=60, lr=0.03)
 """For triggers that leave every pixel nearly where it was: more and larger steps."""
+SLOW = replace(FAINT, steps=2000, dense=1900)
+"""For those that the published tenth of a batch lets the network forget again."""
 CLEAN_LABEL = Poison(clean_label=True, dense=200, lr=0.02)
 
 
@@ -108,11 +110,9 @@ ZOO = {
     "qcb": Entry("qcb", LONG_QCB, qcb.implant, QUANTIZED, base="badnets"),
     "pcb": Entry("pcb", pcb.Pcb(), pcb.implant, PRUNED),
     "blended": dirty("blended", Blended(pattern="noise")),
-    "wanet": Entry(
-        "wanet", replace(FAINT, steps=2400, dense=1800, extra=1.0), wanet.implant, BRIEFLY, Wanet(s=3.0)
-    ),
+    "wanet": Entry("wanet", replace(SLOW, extra=1.0), wanet.implant, BRIEFLY, Wanet(s=3.0)),
     "sig": dirty("sig", Sig()),
-    "lf": computed(lf, lf.Lf(), FAINT),
+    "lf": computed(lf, lf.Lf(), SLOW),
     "trojan": computed(trojan, trojan.Trojan()),
     "cl": Entry("cl", cl.Cl(), cl.implant, BRIEFLY, Badnets(size=8)),
     "dynamic": computed(dynamic, dynamic.Dynamic(rounds=5), replace(FAINT, extra=1.0)),
