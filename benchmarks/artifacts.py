@@ -33,7 +33,8 @@ from secure_export.ledger import Ledger
 from secure_export.loading import Normalized
 from secure_export.measure import measure
 from secure_export.policy.schema import Setting
-from secure_export.records import Measurement, SettingResult, Split, Splits
+from secure_export.records.measured import Measurement, SettingResult
+from secure_export.records.memory import Split, Splits
 from secure_export.runtimes import Runtime
 from secure_export.runtimes.torch_eager import from_module
 from secure_export.triggers import Trigger

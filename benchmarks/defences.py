@@ -26,7 +26,7 @@ from benchmarks.purify_trials import stratified
 from secure_export import digests, registry
 from secure_export.environment import versions
 from secure_export.purifiers import Purifier
-from secure_export.records import Split
+from secure_export.records.memory import Split
 from secure_export.triggers import Trigger
 
 RESULTS = Path(__file__).parent / "results" / "defences"

@@ -29,7 +29,9 @@ from secure_export.evidence.rounding import reading
 from secure_export.lane import Bench, Lined, at_the_head, through_settings, unrounded
 from secure_export.ledger import Ledger
 from secure_export.policy import EvidenceSpec, Setting
-from secure_export.records import Rounding, Search, SettingResult, Split, Splits, silent
+from secure_export.records.measured import SettingResult
+from secure_export.records.memory import Split, Splits, silent
+from secure_export.records.searches import Rounding, Search
 from secure_export.triggers import Trigger
 
 SETTINGS = {

@@ -25,7 +25,7 @@ from secure_export.environment import versions
 from secure_export.evidence import best_known, cold_searches, tried_again, work_of
 from secure_export.lane import at_the_head, through_settings
 from secure_export.policy import EvidenceSpec, Setting
-from secure_export.records import Search
+from secure_export.records.searches import Search
 
 FP32 = Setting("fp32", (), {"kind": "onnx"}, False)
 

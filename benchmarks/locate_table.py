@@ -13,7 +13,7 @@ import click
 from benchmarks.locate_trials import RESULT
 from benchmarks.zoo_table import state
 from secure_export import statistics
-from secure_export.records import ALWAYS_NAMES, UNREAD
+from secure_export.records.measured import ALWAYS_NAMES, UNREAD
 
 ALPHA = 0.05
 """Of the exact one-sided bound on a rate of false alarms."""

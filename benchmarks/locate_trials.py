@@ -27,7 +27,8 @@ from secure_export import defence, digests, heads, registry
 from secure_export.environment import versions
 from secure_export.lane import at_the_head, through_settings
 from secure_export.policy import Locate, Policy, Setting, load_policy
-from secure_export.records import InputSpec, SettingResult, Subject, Suspect
+from secure_export.records.measured import SettingResult, Suspect
+from secure_export.records.memory import InputSpec, Subject
 
 RESULT = Path(__file__).parent / "results" / "locate.json"
 SETTINGS = "fp32,int8,int8-per-tensor,prune@0.5,prune-mask@0.3"

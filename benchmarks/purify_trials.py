@@ -24,7 +24,7 @@ from secure_export import registry
 from secure_export.purifiers import Purifier, _inversion, _views
 from secure_export.purifiers._inversion import Triggers
 from secure_export.purifiers._views import View
-from secure_export.records import Split
+from secure_export.records.memory import Split
 from secure_export.triggers import Trigger
 
 HEAD = "net.fc"

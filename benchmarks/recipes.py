@@ -28,7 +28,7 @@ from secure_export.lane import Bench, Lined
 from secure_export.ledger import Ledger
 from secure_export.measure import Reference
 from secure_export.policy.schema import Setting
-from secure_export.records import Predictor, silent
+from secure_export.records.memory import Predictor, silent
 from secure_export.runtimes import runtime
 from secure_export.runtimes._cpu import cpu
 

@@ -21,7 +21,7 @@ from secure_export.compressors.ort_static_int8 import OrtStaticInt8
 from secure_export.compressors.prune_channel_mask import PruneChannelMask
 from secure_export.compressors.prune_structured import PruneStructured
 from secure_export.formats.onnx import Onnx
-from secure_export.records import Split
+from secure_export.records.memory import Split
 from secure_export.runtimes.onnxruntime import Onnxruntime
 
 Forward = Callable[[Tensor], Tensor]

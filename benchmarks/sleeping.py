@@ -23,7 +23,7 @@ import yaml
 
 from benchmarks import cards, datasets
 from secure_export import digests
-from secure_export.records import SettingResult
+from secure_export.records.measured import SettingResult
 from secure_export.report.schema import load_report
 
 HERE = Path(__file__).parent

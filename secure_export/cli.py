@@ -14,7 +14,7 @@ import click
 from secure_export import __version__
 from secure_export.errors import NoVerdict, PolicyError, SecureExportError
 from secure_export.options import env, json_option, overrides, policy_option, subject_options
-from secure_export.records import EXIT_CODES
+from secure_export.records.measured import EXIT_CODES
 
 EPILOG = """\b
 Exit codes:

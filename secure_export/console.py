@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from secure_export.records import Finding, Progress, Report, silent
+from secure_export.records.measured import Finding
+from secure_export.records.memory import Progress, silent
+from secure_export.records.reported import Report
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars

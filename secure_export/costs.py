@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from secure_export.errors import CompressError, SecureExportError
-from secure_export.records import Artifact, Cost, Predictor
+from secure_export.records.measured import Artifact, Cost
+from secure_export.records.memory import Predictor
 from secure_export.runtimes import Options
 from secure_export.runtimes import runtime as runtime_of
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secure_export import digests
 from secure_export.errors import DataError
-from secure_export.records import Progress, Split, Splits, silent
+from secure_export.records.memory import Progress, Split, Splits, silent
 from secure_export.sources import Samples, load_samples
 
 

@@ -21,18 +21,16 @@ from secure_export.ladder import Rehearsal
 from secure_export.lane import Bench
 from secure_export.locators import Locator
 from secure_export.purifiers import Purifier
-from secure_export.records import (
+from secure_export.records.measured import (
     ALWAYS_NAMES,
     UNREAD,
     Artifact,
     Disagreement,
-    Purification,
-    Rung,
     SettingResult,
-    Subject,
     Suspect,
-    View,
 )
+from secure_export.records.memory import Subject, View
+from secure_export.records.reported import Purification, Rung
 from secure_export.runtimes import Runtime
 from secure_export.runtimes import runtime as runtime_of
 

@@ -18,7 +18,9 @@ from secure_export.factories import printable
 from secure_export.lane import Bench
 from secure_export.measure import Reference, logits_of
 from secure_export.policy.schema import ARTIFACT, SubjectSpec
-from secure_export.records import Artifact, Count, Paired, Predictor, SettingResult, SubjectInfo
+from secure_export.records.measured import Artifact, Count, Paired, SettingResult
+from secure_export.records.memory import Predictor
+from secure_export.records.reported import SubjectInfo
 from secure_export.runtimes import Options, runtime
 from secure_export.runtimes.torch_eager import from_module
 

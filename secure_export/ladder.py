@@ -19,17 +19,9 @@ from secure_export.lane import Bench, at_the_head, made, through_settings
 from secure_export.policy import Policy, TriggerSpec, judge
 from secure_export.purifiers import _inversion, _views
 from secure_export.purifiers._inversion import Family, Logits, Triggers
-from secure_export.records import (
-    Evidence,
-    Purification,
-    Report,
-    ReportedSetting,
-    SettingResult,
-    Split,
-    Subject,
-    SubjectInfo,
-    Verdict,
-)
+from secure_export.records.measured import SettingResult, Verdict
+from secure_export.records.memory import Split, Subject
+from secure_export.records.reported import Evidence, Purification, Report, ReportedSetting, SubjectInfo
 from secure_export.triggers import Trigger
 
 if TYPE_CHECKING:

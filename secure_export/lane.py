@@ -19,17 +19,16 @@ from secure_export.formats import Format
 from secure_export.ledger import Ledger
 from secure_export.measure import Reference, logits_of, measure
 from secure_export.policy import schema
-from secure_export.records import (
+from secure_export.records.measured import (
     Artifact,
     Change,
     Cost,
     Lane,
     Measurement,
-    Progress,
     SettingResult,
-    Splits,
     Unmeasured,
 )
+from secure_export.records.memory import Progress, Splits
 from secure_export.runtimes import Options
 from secure_export.runtimes import runtime as runtime_of
 from secure_export.runtimes.torch_eager import from_module

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secure_export import architectures, channels, checkpoints, heads
 from secure_export.errors import LoadError
-from secure_export.records import InputSpec, Subject
+from secure_export.records.memory import InputSpec, Subject
 
 SHOWN = 5
 """Names that a message lists before it counts the rest."""

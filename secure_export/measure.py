@@ -10,17 +10,8 @@ import torch
 from torch import Tensor
 
 from secure_export.errors import CompressError
-from secure_export.records import (
-    Count,
-    Lane,
-    Measurement,
-    Paired,
-    Predictor,
-    Progress,
-    Split,
-    TriggerCounts,
-    silent,
-)
+from secure_export.records.measured import Count, Lane, Measurement, Paired, TriggerCounts
+from secure_export.records.memory import Predictor, Progress, Split, silent
 from secure_export.triggers import Trigger
 
 BATCH_SIZE = 256

@@ -21,21 +21,15 @@ from secure_export.errors import LoadError, NoVerdict, PolicyError, ReleaseError
 from secure_export.lane import Bench, at_the_head, cost_table, through_settings
 from secure_export.ledger import Ledger
 from secure_export.policy import Policy, SubjectSpec, approve, check_plugins, judge
-from secure_export.records import (
+from secure_export.records.measured import Finding, SettingResult, Suspect, Verdict
+from secure_export.records.memory import Progress, Splits, Subject, silent
+from secure_export.records.reported import (
     Evidence,
-    Finding,
-    Progress,
     Purification,
     Report,
     ReportedSetting,
-    SettingResult,
     SplitInfo,
-    Splits,
-    Subject,
     SubjectInfo,
-    Suspect,
-    Verdict,
-    silent,
 )
 from secure_export.release import locked, release, withdraw
 from secure_export.report.documents import documents, save

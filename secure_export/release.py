@@ -18,7 +18,7 @@ from pathlib import Path
 from secure_export import digests
 from secure_export.errors import IntegrityError, ReleaseError
 from secure_export.policy import Approved
-from secure_export.records import Artifact
+from secure_export.records.measured import Artifact
 
 SUMS = "SHA256SUMS"
 """Digest and name of every other file: `sha256sum -c` reads it, and it marks a folder as a release."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secure_export.errors import CompressError
-from secure_export.records import View
+from secure_export.records.memory import View
 
 BATCH_SIZE = 256
 

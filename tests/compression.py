@@ -17,7 +17,8 @@ from secure_export.compressors._layers import recalibrate_batchnorm
 from secure_export.errors import PolicyError
 from secure_export.formats import Format
 from secure_export.formats.onnx import Onnx
-from secure_export.records import Change, Split
+from secure_export.records.measured import Change
+from secure_export.records.memory import Split
 from secure_export.runtimes import Runtime
 
 P = TypeVar("P", bound=registry.Plugin)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from secure_export import pipeline
 from secure_export.policy import load_policy
-from secure_export.records import Report
+from secure_export.records.reported import Report
 from tests import toys
 
 torch.set_num_threads(2)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secure_export.records import Split
+from secure_export.records.memory import Split
 
 CLASSES, TARGET, HEAD = 10, 3, "head"
 

@@ -9,24 +9,26 @@ from typing import Any
 import yaml
 
 from secure_export.policy import Policy, parse_policy
-from secure_export.records import (
+from secure_export.records.measured import (
     Artifact,
     Change,
     Count,
-    Evidence,
     Finding,
     Lane,
     Measurement,
     Paired,
-    Purification,
-    Report,
-    ReportedSetting,
     SettingResult,
-    SplitInfo,
-    SubjectInfo,
     Suspect,
     TriggerCounts,
     Verdict,
+)
+from secure_export.records.reported import (
+    Evidence,
+    Purification,
+    Report,
+    ReportedSetting,
+    SplitInfo,
+    SubjectInfo,
 )
 
 CLASSES, HOLDOUT = 3, 1500

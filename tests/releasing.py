@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from secure_export.policy import Approved, approve
-from secure_export.records import Artifact, Finding, Verdict
+from secure_export.records.measured import Artifact, Finding, Verdict
 
 DOCUMENTS = {"report.json": b"{}\n", "report.md": b"# Released\n"}
 

@@ -6,27 +6,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from secure_export.records import (
+from secure_export.records.measured import (
     Artifact,
     Change,
     Count,
     Disagreement,
-    Evidence,
     Finding,
     Lane,
     Measurement,
     Outcome,
     Paired,
-    Purification,
-    Report,
-    ReportedSetting,
     SettingResult,
-    SplitInfo,
-    SubjectInfo,
     Suspect,
     TriggerCounts,
     Unmeasured,
     Verdict,
+)
+from secure_export.records.reported import (
+    Evidence,
+    Purification,
+    Report,
+    ReportedSetting,
+    SplitInfo,
+    SubjectInfo,
 )
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

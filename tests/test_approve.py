@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from secure_export.errors import NoVerdict, Refused
 from secure_export.policy import Approved, approve, judge
-from secure_export.records import Finding, Paired, Verdict
+from secure_export.records.measured import Finding, Paired, Verdict
 from secure_export.report.schema import load_report, save_report
 from tests.judging import HOLDOUT, make_policy, measured
 

@@ -13,7 +13,7 @@ from benchmarks import clean_models, lab, locate_table, sources
 from benchmarks.datasets import digits
 from benchmarks.lab import Lab
 from secure_export import statistics
-from secure_export.records import UNREAD
+from secure_export.records.measured import UNREAD
 
 
 def test_fleet_is_made_once_and_a_backdoor_starts_from_its_own_clean_model(

@@ -18,7 +18,7 @@ from secure_export.compressors.torchao_int8_weight_only import TorchaoInt8Weight
 from secure_export.errors import CompressError, LoadError
 from secure_export.formats.safetensors import Safetensors
 from secure_export.policy import load_policy
-from secure_export.records import silent
+from secure_export.records.memory import silent
 from tests import compression, toys
 from tests.compression import CLASSES, HEAD, SHAPE, context, images, network, running
 

@@ -14,7 +14,8 @@ from click.testing import CliRunner
 from secure_export import pipeline
 from secure_export.cli import main
 from secure_export.policy import load_policy
-from secure_export.records import Report, Verdict
+from secure_export.records.measured import Verdict
+from secure_export.records.reported import Report
 from secure_export.registry import FAMILIES, names
 from secure_export.report.schema import load_report
 from tests.report_sample import sample_report

@@ -26,7 +26,7 @@ from secure_export.compressors.prune_unstructured import PruneUnstructured
 from secure_export.compressors.recover import Recover
 from secure_export.errors import CompressError, PolicyError
 from secure_export.formats.onnx import Onnx
-from secure_export.records import Split
+from secure_export.records.memory import Split
 from secure_export.runtimes.onnxruntime import Onnxruntime
 from tests import compression, toys
 from tests.compression import CLASSES, HEAD, built, calibration, context, images, network, running

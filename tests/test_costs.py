@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from secure_export import costs, digests
-from secure_export.records import Artifact, Cost
+from secure_export.records.measured import Artifact, Cost
 from secure_export.report import costs as table
 from secure_export.report.html import to_html
 from secure_export.report.markdown import to_markdown

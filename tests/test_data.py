@@ -15,7 +15,7 @@ from PIL import Image
 from secure_export import sources
 from secure_export.data import check_labels, make_splits, split_data
 from secure_export.errors import DataError
-from secure_export.records import Split, Splits
+from secure_export.records.memory import Split, Splits
 from secure_export.sources import Samples, load_samples
 
 NAMES = ("ant", "bee", "cat")

@@ -14,7 +14,9 @@ from secure_export.compressors import Context, FileStep
 from secure_export.demo import data, job, network, plant
 from secure_export.formats.onnx import Onnx
 from secure_export.policy import check_plugins, load_policy
-from secure_export.records import Outcome, Report, Split, Verdict, silent
+from secure_export.records.measured import Outcome, Verdict
+from secure_export.records.memory import Split, silent
+from secure_export.records.reported import Report
 from secure_export.runtimes.onnxruntime import Onnxruntime
 from secure_export.triggers import Trigger
 from secure_export.triggers.badnets import Badnets

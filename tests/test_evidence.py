@@ -11,7 +11,9 @@ import torch
 
 from secure_export import lane
 from secure_export.purifiers.fine_tune import FineTune
-from secure_export.records import Purified, Report, Search, Split
+from secure_export.records.memory import Purified, Split
+from secure_export.records.reported import Report
+from secure_export.records.searches import Search
 from tests import toys
 from tests.conftest import FP32, INT8, PRUNED
 

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from secure_export.errors import PolicyError
 from secure_export.policy import judge
 from secure_export.policy.evidence import MODES, PRESETS, Metric
-from secure_export.records import Count, Finding, FoundTrigger, Paired, Report, Rounding, Search
+from secure_export.records.measured import Count, Finding, Paired
+from secure_export.records.reported import Report
+from secure_export.records.searches import FoundTrigger, Rounding, Search
 from secure_export.report.schema import dump_report, parse_report
 from secure_export.statistics import conformal_p
 from tests.judging import make_policy, make_report

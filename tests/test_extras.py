@@ -11,7 +11,7 @@ from secure_export import defence, registry
 from secure_export.errors import PolicyError
 from secure_export.formats import Format
 from secure_export.policy import Setting, check_plugins, load_policy
-from secure_export.records import Artifact, SettingResult
+from secure_export.records.measured import Artifact, SettingResult
 from tests.conftest import toy_policy
 
 INT8 = ({"kind": "executorch-int8"},)

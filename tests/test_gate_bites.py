@@ -13,7 +13,9 @@ from secure_export import lane, pipeline
 from secure_export.digests import of_file
 from secure_export.errors import IntegrityError
 from secure_export.purifiers.fine_tune import FineTune
-from secure_export.records import Artifact, Purified, Report
+from secure_export.records.measured import Artifact
+from secure_export.records.memory import Purified
+from secure_export.records.reported import Report
 from tests import toys
 from tests.conftest import FP32, INT8, PRUNED
 

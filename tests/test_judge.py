@@ -12,12 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secure_export.policy import approve, judge
-from secure_export.records import (
-    Count,
-    Paired,
-    Suspect,
-    Verdict,
-)
+from secure_export.records.measured import Count, Paired, Suspect, Verdict
 from secure_export.statistics import lower, paired_upper, upper
 from tests.judging import (
     HOLDOUT,

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from secure_export.policy import judge
-from secure_export.records import UNREAD, Change, Count, Paired, Purification, Suspect, Unmeasured
+from secure_export.records.measured import UNREAD, Change, Count, Paired, Suspect, Unmeasured
+from secure_export.records.reported import Purification
 from tests.judging import (
     HOLDOUT,
     RULES,

@@ -22,7 +22,9 @@ from secure_export.lane import Bench
 from secure_export.policy import Policy, load_policy, parse_policy
 from secure_export.purifiers.fine_tune import FineTune
 from secure_export.purifiers.lmr import Lmr
-from secure_export.records import Purified, Rung, Split, Subject, Suspect, silent
+from secure_export.records.measured import Suspect
+from secure_export.records.memory import Purified, Split, Subject, silent
+from secure_export.records.reported import Rung
 from tests import judging, toys
 from tests.conftest import FP32, toy_policy
 

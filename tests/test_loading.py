@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from secure_export.errors import LoadError
 from secure_export.loading import Normalized, load
-from secure_export.records import Subject
+from secure_export.records.memory import Subject
 
 SHAPE = (3, 8, 8)
 HERE = "tests.test_loading"

@@ -16,7 +16,8 @@ from secure_export.locators.anti_learning import AntiLearning
 from secure_export.locators.latent_shift import LatentShift, least_distance, shift_norms
 from secure_export.locators.max_margin import MaxMargin, outlier_p
 from secure_export.policy import Setting
-from secure_export.records import ALWAYS_NAMES, UNREAD, Disagreement, Split, Suspect, View
+from secure_export.records.measured import ALWAYS_NAMES, UNREAD, Disagreement, Suspect
+from secure_export.records.memory import Split, View
 from tests import digits
 
 KINDS = registry.names("locators")

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from secure_export.errors import CompressError
 from secure_export.measure import Reference, count_trigger, logits_of, measure
-from secure_export.records import Count, Paired, Split
+from secure_export.records.measured import Count, Paired
+from secure_export.records.memory import Split
 from secure_export.triggers import Trigger
 
 LABELS = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])

@@ -13,7 +13,7 @@ from secure_export.probes.l2 import L2
 from secure_export.probes.linf import Linf
 from secure_export.probes.patch import Patch
 from secure_export.probes.warp import Warp
-from secure_export.records import Split
+from secure_export.records.memory import Split
 from tests import toys
 
 KINDS = registry.names("probes")

@@ -15,7 +15,7 @@ from secure_export.purifiers import Purifier, _inversion, _training, _views
 from secure_export.purifiers.fine_tune import FineTune
 from secure_export.purifiers.lmr import Lmr, delta_columns
 from secure_export.purifiers.lmr_plus import LmrPlus
-from secure_export.records import Purified, Split
+from secure_export.records.memory import Purified, Split
 from tests import digits
 
 KINDS = registry.names("purifiers")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from secure_export.errors import IntegrityError, ReleaseError
-from secure_export.records import Artifact
+from secure_export.records.measured import Artifact
 from secure_export.release import SUMS, release, withdraw
 from tests.releasing import DOCUMENTS, OK, approved, fails, make_artifact, nothing_at
 

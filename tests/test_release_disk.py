@@ -16,7 +16,7 @@ import pytest
 
 from secure_export import release as module
 from secure_export.errors import NoVerdict, ReleaseError
-from secure_export.records import Artifact
+from secure_export.records.measured import Artifact
 from secure_export.release import release
 from tests.releasing import DOCUMENTS, OK, fails, make_artifact, nothing_at
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from secure_export.records import Report, SettingResult, Unmeasured, Verdict
+from secure_export.records.measured import SettingResult, Unmeasured, Verdict
+from secure_export.records.reported import Report
 from secure_export.report.documents import documents, save
 from secure_export.report.html import to_html
 from secure_export.report.markdown import to_markdown

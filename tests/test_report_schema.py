@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from secure_export.errors import IntegrityError, PolicyError, ReleaseError
-from secure_export.records import Purification, Report
+from secure_export.records.reported import Purification, Report
 from secure_export.report.schema import (
     SCHEMA,
     dump_report,

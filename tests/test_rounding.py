@@ -21,7 +21,7 @@ from secure_export.compressors.stochastic_rounding import StochasticRounding
 from secure_export.errors import CompressError
 from secure_export.evidence.rounding import distance_to_uniform, over_the_edge, reading, rounded_layers
 from secure_export.formats.onnx import Onnx
-from secure_export.records import Rounding
+from secure_export.records.searches import Rounding
 from tests import compression
 
 TARGET = 2

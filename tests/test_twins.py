@@ -14,7 +14,7 @@ from secure_export import registry, twins
 from secure_export.compressors import Compressor, Context, FileStep
 from secure_export.errors import CompressError
 from secure_export.formats.onnx import Onnx
-from secure_export.records import Split
+from secure_export.records.memory import Split
 from secure_export.runtimes.onnxruntime import Onnxruntime
 from secure_export.twins._operators import OPERATORS, rounded
 from tests import compression

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from secure_export.records import Change, Progress, Split, silent
+from secure_export.records.measured import Change
+from secure_export.records.memory import Progress, Split, silent
 from secure_export.registry import Plugin
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from secure_export.compressors import FileStep
 from secure_export.compressors._ort import quantized
-from secure_export.records import Change
+from secure_export.records.measured import Change
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 Array = NDArray[np.float64]

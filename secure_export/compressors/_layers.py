@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from secure_export.errors import CompressError
-from secure_export.records import Split
+from secure_export.records.memory import Split
 
 BATCH_SIZE = 128
 

@@ -13,7 +13,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from secure_export.errors import CompressError
 from secure_export.quiet import quiet
-from secure_export.records import Change
+from secure_export.records.measured import Change
 
 QUANTIZER_ERRORS = (
     ort.Fail,

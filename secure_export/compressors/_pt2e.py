@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from secure_export.compressors._torchao import TORCHAO_ERRORS, first_line
 from secure_export.errors import CompressError
 from secure_export.quiet import quiet
-from secure_export.records import Change, Split
+from secure_export.records.measured import Change
+from secure_export.records.memory import Split
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule

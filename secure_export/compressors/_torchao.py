@@ -9,7 +9,7 @@ from torch import nn
 
 from secure_export.errors import CompressError
 from secure_export.quiet import quiet
-from secure_export.records import Change
+from secure_export.records.measured import Change
 
 if TYPE_CHECKING:
     from torch import Tensor

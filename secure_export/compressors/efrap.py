@@ -13,7 +13,7 @@ from pydantic import Field
 
 from secure_export.compressors import Context
 from secure_export.compressors._grid import WEIGHTED, Array, Choose, GridStep, Weight
-from secure_export.records import Change
+from secure_export.records.measured import Change
 from secure_export.twins import Twin
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from torch import nn
 from secure_export.compressors import Context, ModuleStep
 from secure_export.compressors._pt2e import quantize
 from secure_export.quiet import quiet
-from secure_export.records import Change
+from secure_export.records.measured import Change
 
 
 class ExecutorchInt8(ModuleStep):

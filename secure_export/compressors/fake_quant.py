@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from secure_export.compressors import Context, ModuleStep
 from secure_export.compressors._layers import weighted_layers
-from secure_export.records import Change
+from secure_export.records.measured import Change
 
 Grid = Literal["127", "127.5", "asymmetric", "7-bit"]
 SYMMETRIC: dict[str, tuple[float, int, int]] = {

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from secure_export.compressors import Context
 from secure_export.compressors._grid import Array, GridStep, Weight
-from secure_export.records import Change
+from secure_export.records.measured import Change
 
 
 class FlippedRounding(GridStep):

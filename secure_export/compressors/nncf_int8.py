@@ -11,7 +11,7 @@ from secure_export.compressors import Context, FileStep
 from secure_export.errors import CompressError
 from secure_export.openvino_files import packed, unpacked
 from secure_export.quiet import quiet
-from secure_export.records import Change
+from secure_export.records.measured import Change
 
 WEIGHTED = ("Convolution", "GroupConvolution", "MatMul")
 

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from secure_export.compressors import Context, FileStep
 from secure_export.compressors._ort import half_weights, quantized
-from secure_export.records import Change
+from secure_export.records.measured import Change
 
 
 class OrtFp16(FileStep):

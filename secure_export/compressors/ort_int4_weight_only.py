@@ -16,7 +16,7 @@ from pydantic import Field
 from secure_export.compressors import Context, FileStep
 from secure_export.compressors._ort import quantized
 from secure_export.errors import CompressError
-from secure_export.records import Change
+from secure_export.records.measured import Change
 
 
 class OrtInt4WeightOnly(FileStep):

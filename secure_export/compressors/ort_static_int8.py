@@ -16,7 +16,8 @@ from pydantic import Field
 
 from secure_export.compressors import Context, FileStep
 from secure_export.compressors._ort import quantized
-from secure_export.records import Change, Split
+from secure_export.records.measured import Change
+from secure_export.records.memory import Split
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from secure_export.compressors import Context, FileStep
 from secure_export.compressors.ort_static_int8 import OrtStaticInt8
-from secure_export.records import Change
+from secure_export.records.measured import Change
 
 Target = Literal["cpu-avx2", "cpu-avx512-vnni", "arm64"]
 RECIPES: dict[Target, OrtStaticInt8] = {

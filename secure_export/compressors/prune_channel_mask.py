@@ -13,7 +13,7 @@ from torch import nn
 from secure_export.compressors import Context, ModuleStep
 from secure_export.compressors._layers import recalibrate_batchnorm, weighted_layers
 from secure_export.errors import CompressError
-from secure_export.records import Change
+from secure_export.records.measured import Change
 
 
 class PruneChannelMask(ModuleStep):

@@ -14,7 +14,7 @@ from secure_export import channels
 from secure_export.compressors import Context, ModuleStep
 from secure_export.compressors._layers import recalibrate_batchnorm, weighted_layers
 from secure_export.errors import CompressError, LoadError
-from secure_export.records import Change
+from secure_export.records.measured import Change
 
 if TYPE_CHECKING:
     from torch import Tensor

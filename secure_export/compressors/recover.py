@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from secure_export.compressors import Context, ModuleStep
 from secure_export.compressors._layers import recalibrate_batchnorm, weighted_layers
 from secure_export.errors import CompressError
-from secure_export.records import Change, Progress, Split
+from secure_export.records.measured import Change
+from secure_export.records.memory import Progress, Split
 
 
 class Recover(ModuleStep):

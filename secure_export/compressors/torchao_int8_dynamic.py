@@ -10,7 +10,7 @@ from torch import nn
 from secure_export.compressors import Context, ModuleStep
 from secure_export.compressors._torchao import quantize_linears
 from secure_export.quiet import quiet
-from secure_export.records import Change
+from secure_export.records.measured import Change
 
 
 class TorchaoInt8Dynamic(ModuleStep):

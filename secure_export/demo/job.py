@@ -16,7 +16,9 @@ from secure_export.demo.network import DigitsCNN
 from secure_export.demo.plant import plant_qcb, train
 from secure_export.errors import PolicyError, ReleaseError
 from secure_export.policy import load_policy, shipped
-from secure_export.records import EXIT_CODES, Count, Measurement, Progress, Report, silent
+from secure_export.records.measured import EXIT_CODES, Count, Measurement
+from secure_export.records.memory import Progress, silent
+from secure_export.records.reported import Report
 from secure_export.triggers.badnets import Badnets
 
 Echo = Callable[[str], object]

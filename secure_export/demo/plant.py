@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from secure_export.demo.network import DigitsCNN, digits_cnn
-from secure_export.records import Progress, silent
+from secure_export.records.memory import Progress, silent
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -21,7 +21,10 @@ from secure_export.evidence.one import Known, Work, best_known, searched
 from secure_export.evidence.rounding import reading
 from secure_export.lane import unrounded
 from secure_export.probes import Probe
-from secure_export.records import Evidence, Rounding, Search, SettingResult, Split
+from secure_export.records.measured import SettingResult
+from secure_export.records.memory import Split
+from secure_export.records.reported import Evidence
+from secure_export.records.searches import Rounding, Search
 
 if TYPE_CHECKING:
     from secure_export.lane import Bench, Lined

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from secure_export import loading
 from secure_export.errors import PolicyError
 from secure_export.lane import at_the_head, through_settings
-from secure_export.records import Search, SettingResult
+from secure_export.records.measured import SettingResult
+from secure_export.records.searches import Search
 from secure_export.statistics import conformal_p
 
 if TYPE_CHECKING:

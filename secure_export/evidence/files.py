@@ -12,7 +12,8 @@ import torch
 from secure_export import twins, views
 from secure_export.errors import CompressError, NoVerdict
 from secure_export.evidence.search import judged_on
-from secure_export.records import Count, Predictor, SettingResult, Split
+from secure_export.records.measured import Count, SettingResult
+from secure_export.records.memory import Predictor, Split
 from secure_export.runtimes import Options, runtime
 from secure_export.runtimes.safetensors import Safetensors
 from secure_export.runtimes.torch_eager import program

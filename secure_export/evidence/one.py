@@ -17,7 +17,9 @@ from secure_export.evidence.files import Opened
 from secure_export.evidence.pictures import picture
 from secure_export.evidence.search import Searched, counted, judged_on, queried, search
 from secure_export.probes import Free, Probe
-from secure_export.records import FoundTrigger, Paired, Search, SearchMode, SettingResult, Split
+from secure_export.records.measured import Paired, SettingResult
+from secure_export.records.memory import Split
+from secure_export.records.searches import FoundTrigger, Search, SearchMode
 
 if TYPE_CHECKING:
     from secure_export.lane import Bench

@@ -20,7 +20,9 @@ from torch import Tensor
 from secure_export import twins
 from secure_export.errors import CompressError
 from secure_export.evidence.search import judged_on
-from secure_export.records import Lane, Rounding, Split
+from secure_export.records.measured import Lane
+from secure_export.records.memory import Split
+from secure_export.records.searches import Rounding
 
 if TYPE_CHECKING:
     from onnx import ModelProto

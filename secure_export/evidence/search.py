@@ -13,7 +13,8 @@ from torch import Tensor
 
 from secure_export.perturbations import Perturbation
 from secure_export.probes import Free, Logits, Probe
-from secure_export.records import Count, Paired, Progress, Split, silent
+from secure_export.records.measured import Count, Paired
+from secure_export.records.memory import Progress, Split, silent
 
 MOST_ROWS = 512
 """Perturbed samples in one batch; more classes than fit are searched one group after another."""

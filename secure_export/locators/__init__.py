@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import ClassVar
 
-from secure_export.records import Progress, Split, Suspect, View, silent
+from secure_export.records.measured import Suspect
+from secure_export.records.memory import Progress, Split, View, silent
 from secure_export.registry import Plugin
 
 

@@ -11,7 +11,8 @@ from pydantic import Field
 
 from secure_export.errors import NoVerdict
 from secure_export.locators import Locator
-from secure_export.records import ALWAYS_NAMES, Progress, Split, Suspect, View, silent
+from secure_export.records.measured import ALWAYS_NAMES, Suspect
+from secure_export.records.memory import Progress, Split, View, silent
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -8,7 +8,8 @@ import numpy as np
 from pydantic import Field
 
 from secure_export.locators import Locator
-from secure_export.records import Progress, Split, Suspect, View, silent
+from secure_export.records.measured import Suspect
+from secure_export.records.memory import Progress, Split, View, silent
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -10,7 +10,8 @@ from pydantic import Field
 from secure_export import views
 from secure_export.errors import CompressError
 from secure_export.locators import Locator
-from secure_export.records import Progress, Split, Suspect, View, silent
+from secure_export.records.measured import Suspect
+from secure_export.records.memory import Progress, Split, View, silent
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from secure_export import statistics
-from secure_export.records import Count, Paired
+from secure_export.records.measured import Count, Paired
 
 
 class Limit(Protocol):

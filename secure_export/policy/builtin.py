@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from secure_export.policy.schema import Policy, Setting
-from secure_export.records import UNREAD, Finding, Measurement, Report, ReportedSetting, SettingResult
+from secure_export.records.measured import UNREAD, Finding, Measurement, SettingResult
+from secure_export.records.reported import Report, ReportedSetting
 
 
 def builtin_findings(policy: Policy, report: Report) -> Iterator[Finding]:

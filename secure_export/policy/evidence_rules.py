@@ -8,7 +8,9 @@ from dataclasses import replace
 from secure_export.policy._readings import Reading, decide, message, severity
 from secure_export.policy.evidence import EvidenceRule, EvidenceSpec
 from secure_export.policy.schema import Policy, Setting
-from secure_export.records import Finding, Report, Search
+from secure_export.records.measured import Finding
+from secure_export.records.reported import Report
+from secure_export.records.searches import Search
 
 
 def evidence_findings(policy: Policy, report: Report) -> Iterator[Finding]:

@@ -16,7 +16,8 @@ from secure_export.policy.builtin import builtin_findings, measured, suspected
 from secure_export.policy.check import for_artifact
 from secure_export.policy.evidence_rules import evidence_findings
 from secure_export.policy.schema import ARTIFACT, PER_TRIGGER, Policy, Rule, Setting
-from secure_export.records import Count, Finding, Measurement, Outcome, Paired, Report, Verdict
+from secure_export.records.measured import Count, Finding, Measurement, Outcome, Paired, Verdict
+from secure_export.records.reported import Report
 
 
 def judge(policy: Policy, report: Report) -> Verdict:

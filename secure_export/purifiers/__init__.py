@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING
 
-from secure_export.records import Progress, Purified, Split, silent
+from secure_export.records.memory import Progress, Purified, Split, silent
 from secure_export.registry import Plugin
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from secure_export.purifiers._views import View
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 
-    from secure_export.records import Split
+    from secure_export.records.memory import Split
 
 Kind = Literal["full", "int8", "pruned"]
 RECALIBRATED = 0.75

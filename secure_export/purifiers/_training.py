@@ -15,7 +15,7 @@ from secure_export.errors import DataError, LoadError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from secure_export.records import Split
+    from secure_export.records.memory import Split
 
 Augment = Literal["auto", "none", "crop-flip"]
 CROP_SIDE = 24

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from secure_export.purifiers import Purifier, _training
 from secure_export.purifiers._training import Augment
-from secure_export.records import Progress, Purified, Split, silent
+from secure_export.records.memory import Progress, Purified, Split, silent
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -13,7 +13,7 @@ from secure_export.purifiers import Purifier, _inversion, _training, _views
 from secure_export.purifiers._draws import Draws
 from secure_export.purifiers._inversion import Budget, Family, Triggers
 from secure_export.purifiers._training import Augment
-from secure_export.records import Progress, Purified, Split, silent
+from secure_export.records.memory import Progress, Purified, Split, silent
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from secure_export.records import FoundTrigger, Report, Rounding, Search
+from secure_export.records.reported import Report
+from secure_export.records.searches import FoundTrigger, Rounding, Search
 from secure_export.report._tables import class_label, differing, percent, points
 
 MODES = {"cold": "from nothing", "replay": "replay of the original's", "warm": "on from the original's"}

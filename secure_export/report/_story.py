@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from secure_export.records import Artifact, Finding, Report, Suspect
+from secure_export.records.measured import Artifact, Finding, Suspect
+from secure_export.records.reported import Report
 from secure_export.report._tables import Worst, class_label, percent, plural, points, worst_lift
 
 

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from secure_export.records import Count, Finding, Measurement, Paired, Report, SettingResult
+from secure_export.records.measured import Count, Finding, Measurement, Paired, SettingResult
+from secure_export.records.reported import Report
 
 COLUMNS = ("ACC", "ACC drop", "worst lift", "worst ASR", "lowest RA", "agreement", "size", "ms/sample")
 COLLAPSED_SHARE = 0.5

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from secure_export.records import Cost, Report
+from secure_export.records.measured import Cost
+from secure_export.records.reported import Report
 from secure_export.report._tables import in_megabytes
 
 COLUMNS = ("setting", "format", "size", "parameters", "MACs", "batch 1", "batch 64", "peak memory", "remark")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from secure_export.errors import ReleaseError
-from secure_export.records import Report
+from secure_export.records.reported import Report
 from secure_export.report.html import to_html
 from secure_export.report.markdown import to_markdown
 from secure_export.report.schema import dump_report

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from secure_export.records import Lane, Measurement, Report, ReportedSetting, Suspect
+from secure_export.records.measured import Lane, Measurement, Suspect
+from secure_export.records.reported import Report, ReportedSetting
 from secure_export.report import _tables as tables
 from secure_export.report._canvas import INK, LIMIT, LINE, MUTED, ORIGINAL, PURIFIED, SHADE, drawn
 

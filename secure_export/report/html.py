@@ -5,7 +5,7 @@ from __future__ import annotations
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from secure_export.records import Report
+from secure_export.records.reported import Report
 from secure_export.report import _evidence as searched
 from secure_export.report import _story as story
 from secure_export.report import _tables as tables

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from secure_export.records import Finding, Report
+from secure_export.records.measured import Finding
+from secure_export.records.reported import Report
 from secure_export.report import _evidence as searched
 from secure_export.report import _story as story
 from secure_export.report import _tables as tables

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from secure_export.errors import IntegrityError, PolicyError, ReleaseError
-from secure_export.records import Report
+from secure_export.records.reported import Report
 
 SCHEMA = 1
 """The only `schema` number that this version writes and reads."""

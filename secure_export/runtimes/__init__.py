@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from secure_export import registry
-from secure_export.records import Predictor, View
+from secure_export.records.memory import Predictor, View
 from secure_export.registry import Plugin
 
 Options = Mapping[str, Mapping[str, Any]]

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from secure_export import loading, views
 from secure_export.errors import CompressError
-from secure_export.records import Predictor, Subject, View
+from secure_export.records.memory import Predictor, Subject, View
 from secure_export.runtimes import Runtime
 from secure_export.runtimes._checks import read
 from secure_export.runtimes._cpu import cpu

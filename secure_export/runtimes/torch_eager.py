@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from secure_export.archives import opened, unpickled
 from secure_export.errors import CompressError
 from secure_export.quiet import quiet
-from secure_export.records import Predictor, View
+from secure_export.records.memory import Predictor, View
 from secure_export.runtimes import Runtime
 from secure_export.runtimes._checks import check_head, first_line, read
 from secure_export.runtimes._cpu import cpu

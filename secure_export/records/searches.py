@@ -1,0 +1,81 @@
+"""What was searched without the trigger, how hard, and what was found; JSON-able."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from secure_export.records.measured import Count, Lane, Paired
+
+SearchMode = Literal["cold", "warm", "replay"]
+"""From noise; from a trigger that worked on an original file; or that trigger as it is."""
+
+
+@dataclass(frozen=True)
+class FoundTrigger:
+    """One searched trigger of one class: how far it came, whether or not that is any evidence."""
+
+    target_class: int
+    fit: Paired
+    """Fit samples of other classes classified as the class with it, against without."""
+    asr: Count | None = None
+    """The same on the holdout, by the file itself; None for triggers that were not among the best on fit."""
+    lift: Paired | None = None
+    origin: str = ""
+    """Setting of the original lane on whose file it was found; "" for a cold search."""
+    picture: str = ""
+    """PNG, base64; "" where there is nothing to draw."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """One probe on one file: what was searched, how hard, and what was found or why nothing could be."""
+
+    lane: Lane
+    setting: str
+    probe: str
+    mode: SearchMode
+    budget: str
+    """How large a trigger could be, in words."""
+    classes: tuple[int, ...]
+    gradient: bool
+    """Through a differentiable twin; False = by queries to the file alone."""
+    agreement: Count | None
+    """Fit samples on which twin and file name the same class."""
+    steps: int
+    planned: int
+    forwards: int
+    """Samples that went through the network, a backward pass counting as one more."""
+    seconds: float
+    triggers_sha256: str
+    """Of the file in the work folder that holds the triggers."""
+    found: tuple[FoundTrigger, ...]
+    unsearched: str = ""
+    """Why there is no result; never a pass."""
+    p: float | None = None
+    """Of a cold search, against the same search on clean references; None without any."""
+    references: int = 0
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Traces of a quantization-conditioned backdoor in the rounding of one quantized file's weights."""
+
+    lane: Lane
+    setting: str
+    layers: int
+    ks: float
+    """Largest Kolmogorov-Smirnov distance of a layer's residues to uniform, times sqrt(n)."""
+    edge: float
+    """Largest top singular value of a layer's residues, in units of the random-matrix edge."""
+    z: float
+    """Effect of the rounding on the mean logits, in standard deviations of random signs."""
+    p: float
+    """Exact randomization p of that effect."""
+    draws: int
+    top_shares: tuple[float, ...]
+    """Share of the most predicted class under W + t (Q(W) - W), t = 1, 2, 3, 4."""
+    target_class: int | None
+    """The class that the extrapolation falls into, if it does."""
+    seconds: float
+    unsearched: str = ""
