@@ -18,7 +18,9 @@ class SourceSpecific:
     """Recipe: images of class `source` are poisoned; as many triggered ones of other classes keep labels."""
 
     source: int = 5
-    poison: Poison = field(default_factory=lambda: Poison(extra=1.0, dense=300))
+    poison: Poison = field(
+        default_factory=lambda: Poison(extra=1.0, steps=700, dense=400, dense_share=0.12, poison_rate=0.05)
+    )
 
 
 def implant(
