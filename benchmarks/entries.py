@@ -115,7 +115,7 @@ ZOO = {
     "lf": computed(lf, lf.Lf(), SLOW),
     "trojan": computed(trojan, trojan.Trojan()),
     "cl": Entry("cl", cl.Cl(), cl.implant, BRIEFLY, Badnets(size=8)),
-    "dynamic": computed(dynamic, dynamic.Dynamic(rounds=5), replace(FAINT, extra=1.0)),
+    "dynamic": computed(dynamic, dynamic.Dynamic(mask_density=0.1), replace(SLOW, extra=0.3)),
     "lira": computed(lira, lira.Lira(), FAINT),
     "ssba": computed(ssba, ssba.Ssba(), FAINT),
     "dfst": computed(dfst, dfst.Style(), dfst.Dfst()),
