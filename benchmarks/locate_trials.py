@@ -25,7 +25,7 @@ from benchmarks.evidence import bench_of
 from benchmarks.purify_trials import stratified
 from secure_export import defence, digests, heads, registry
 from secure_export.environment import versions
-from secure_export.lane import at_the_head, through_settings
+from secure_export.lane import Bench, Lined, at_the_head, through_settings
 from secure_export.policy import Locate, Policy, Setting, load_policy
 from secure_export.records.measured import SettingResult, Suspect
 from secure_export.records.memory import InputSpec, Subject
@@ -96,12 +96,7 @@ def located(
     test: int,
 ) -> dict[str, Any]:
     """By setting: accuracy and success of the card's trigger as counts, and the answer of every locator."""
-    bench = bench_of(card, data, folder, test)
-    _, calibration = stratified(data.train_x, data.train_y, 500, 0)
-    calibration = replace(calibration, sha256=digests.of_arrays(calibration.inputs.numpy()))
-    bench = replace(bench, splits=replace(bench.splits, calibration=calibration))
-    subject = subject_of(path, card, data)
-    lined = at_the_head(subject.model, subject.head, "original", subject.sha256, bench)
+    bench, subject, lined = opened(path, card, data, folder, test)
     originals = through_settings(lined, settings, bench)
     suspects = defence.locate(locate, subject, originals, bench, settings)
     rows = {result.setting: truth(result, card["target_class"]) for result in originals}
@@ -109,6 +104,18 @@ def located(
     for suspect in suspects:
         rows[suspect.setting].setdefault("locators", {})[suspect.locator] = answer(suspect)
     return rows
+
+
+def opened(
+    path: Path, card: dict[str, Any], data: datasets.Images, folder: Path, test: int
+) -> tuple[Bench, Subject, Lined]:
+    """A model whose card is known at the head of its lane: 500 samples each of fit and calibration."""
+    bench = bench_of(card, data, folder, test)
+    _, calibration = stratified(data.train_x, data.train_y, 500, 0)
+    calibration = replace(calibration, sha256=digests.of_arrays(calibration.inputs.numpy()))
+    bench = replace(bench, splits=replace(bench.splits, calibration=calibration))
+    subject = subject_of(path, card, data)
+    return bench, subject, at_the_head(subject.model, subject.head, "original", subject.sha256, bench)
 
 
 def subject_of(path: Path, card: dict[str, Any], data: datasets.Images) -> Subject:
