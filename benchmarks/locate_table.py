@@ -26,8 +26,9 @@ Row = tuple[str, str, str, Mapping[str, Any], Mapping[str, Any]]
 def main(result: Path) -> None:
     """Print the tables of docs/locators.md."""
     answers = list(rows(json.loads(result.read_text())["models"]))
-    for line in (*false_alarms(answers), "", *each_alarm(answers), "", *hits(answers)):
-        click.echo(line)
+    for part in (false_alarms, by_setting, each_alarm, hits):
+        for line in (*part(answers), ""):
+            click.echo(line)
 
 
 def rows(models: Mapping[str, Any]) -> Iterator[Row]:
@@ -51,6 +52,17 @@ def false_alarms(answers: list[Row]) -> Iterator[str]:
             cells = [locator, dataset, silent(len(loud), len({row[0] for row in read}))]
             cells.append(silent(sum(row[4]["class"] is not None for row in read), len(read)))
             yield f"| {' | '.join(cells)} | {len(mine) - len(read)} |"
+
+
+def by_setting(answers: list[Row]) -> Iterator[str]:
+    """By locator and setting: clean files on which it is silent."""
+    yield "| locator | setting | files, silent | bound |"
+    yield "|---|---|---|---|"
+    clean = [row for row in answers if row[3]["attack"] == "none" and UNREAD not in row[4]["evidence"]]
+    for locator, setting in sorted({(row[2], row[1]) for row in clean}):
+        mine = [row for row in clean if (row[2], row[1]) == (locator, setting)]
+        alarms = sum(row[4]["class"] is not None for row in mine)
+        yield f"| {locator} | {setting} | {silent(alarms, len(mine))} |"
 
 
 def silent(alarms: int, total: int) -> str:

@@ -76,6 +76,7 @@ def test_false_alarms_are_counted_with_exact_bounds_and_listed() -> None:
     bound = f"{100 * statistics.upper(1, 20, 0.05):.1f} %"
     assert f"| loud | all | 19/20 | {bound} | 19/20 | {bound} | 0 |" in table
     assert "| quiet | all | 20/20 | 13.9 % | 20/20 | 13.9 % | 1 |" in table, "unread is not silent"
+    assert f"| loud | fp32 | 19/20 | {bound} |" in list(locate_table.by_setting(answers))
     assert list(locate_table.each_alarm(answers)) == ["- `loud` on c0 fp32 (ACC 90.0): class 4, score 0.50"]
 
 
