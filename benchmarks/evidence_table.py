@@ -67,7 +67,7 @@ def file(
     name: str, about: Mapping[str, Any], setting: str, row: Mapping[str, Any], known: Mapping[str, Any]
 ) -> File:
     """One row with its flags."""
-    limits = next(one for one in known["limits"] if any(fnmatch(setting, glob) for glob in one["settings"]))
+    limits = next(one for one in known["limits"] if binds(one, name, setting))
     found = {
         probe: (one["lift"], one["class"]) for probe, one in row["probes"].items() if one["lift"] is not None
     }
@@ -85,6 +85,12 @@ def file(
         unsearched=[probe for probe, one in row["probes"].items() if one["unsearched"]],
         flags={probe: c for probe, (value, c) in found.items() if value > limits.get(probe, np.inf)},
     )
+
+
+def binds(limits: Mapping[str, Any], model: str, setting: str) -> bool:
+    """Whether a set of limits is meant for this file."""
+    named = any(fnmatch(model, glob) for glob in limits.get("models", ["*"]))
+    return named and any(fnmatch(setting, glob) for glob in limits["settings"])
 
 
 def auc(positive: Sequence[float], negative: Sequence[float], seed: int = 0) -> tuple[float, float, float]:

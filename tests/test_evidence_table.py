@@ -9,6 +9,7 @@ from benchmarks import evidence_table
 KNOWN = {
     "thresholds": ["old/*"],
     "limits": [
+        {"models": ["tiny/*"], "settings": ["*"], "patch": 0.1},
         {"settings": ["prune*"], "patch": 0.6},
         {"settings": ["*"], "patch": 0.3, "rounding z": 10},
     ],
@@ -32,6 +33,8 @@ def model(attack: str, **rows: Any) -> dict[str, Any]:
 def test_limits_follow_the_setting_and_name_the_probe() -> None:
     files = found({"zoo/a": model("badnets", fp32=row(0.9, 0.4), **{"prune-mask": row(0.9, 0.4)})})
     assert [dict(one.flags) for one in files] == [{"patch": 1}, {}]
+    (tiny,) = found({"tiny/a": model("badnets", **{"prune-mask": row(0.9, 0.4)})})
+    assert tiny.flags == {"patch": 1}
 
 
 def test_rates_count_held_out_files_alone_and_leave_half_awake_ones_out() -> None:
