@@ -18,6 +18,7 @@ import click
 import numpy as np
 import yaml
 
+from benchmarks.entries import ZOO
 from secure_export.statistics import lower, upper
 
 HERE = Path(__file__).parent
@@ -79,12 +80,19 @@ def file(
         setting=setting,
         held_out=not any(fnmatch(name, glob) for glob in known["thresholds"]),
         attack=about["attack"],
-        targets=tuple(about.get("targets", [about["target_class"]])),
+        targets=targets(about),
         lift=(gained - lost) / total,
         found=found,
         unsearched=[probe for probe, one in row["probes"].items() if one["unsearched"]],
         flags={probe: c for probe, (value, c) in found.items() if value > limits.get(probe, np.inf)},
     )
+
+
+def targets(about: Mapping[str, Any]) -> tuple[int, ...]:
+    """The class of every backdoor that was planted."""
+    entry = ZOO.get(about["card"])
+    second = () if entry is None or entry.second is None else (entry.second[1],)
+    return (about["target_class"], *second)
 
 
 def binds(limits: Mapping[str, Any], model: str, setting: str) -> bool:

@@ -27,7 +27,7 @@ def found(models: dict[str, Any]) -> list[evidence_table.File]:
 
 
 def model(attack: str, **rows: Any) -> dict[str, Any]:
-    return {"attack": attack, "target_class": 1, "rows": rows}
+    return {"card": attack, "attack": attack, "target_class": 1, "rows": rows}
 
 
 def test_limits_follow_the_setting_and_name_the_probe() -> None:
@@ -43,13 +43,14 @@ def test_rates_count_held_out_files_alone_and_leave_half_awake_ones_out() -> Non
             "old/a": model("badnets", fp32=row(0.9, 0.0)),
             "zoo/a": model("badnets", fp32=row(0.9, 0.8), int8=row(0.3, 0.0)),
             "zoo/b": model("badnets", fp32=row(0.9, 0.8, named=7)),
+            "zoo/two": model("two-targets", fp32=row(0.9, 0.8, named=7)),
             "zoo/qcb": model("qcb", fp32=row(0.01, 0.0), int8=row(0.9, None, z=50.0)),
             "zoo/clean": model("none", fp32=row(0.0, 0.1), int8=row(0.0, 0.9)),
         }
     )
     lines = list(evidence_table.summary(files))
-    assert lines[0].startswith("awake files flagged: 3 of 3")
-    assert "flagged with the right class: 2 of 3" in lines[2]
+    assert lines[0].startswith("awake files flagged: 4 of 4")
+    assert "flagged with the right class: 3 of 4" in lines[2]
     assert "sleeping models flagged through a file in which they wake: 1 of 1" in lines[3]
     assert "clean files with a false alarm: 1 of 2" in lines[4]
     assert "clean models with a false alarm on any file: 1 of 1" in lines[5]
