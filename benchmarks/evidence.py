@@ -162,7 +162,7 @@ def summary(found: Any) -> str:
 @click.option("--cache", default="build/data", type=click.Path(path_type=Path))
 @click.option("--dataset", default="cifar10", type=click.Choice(sources.NAMES))
 @click.option("--folder", default="build/evidence", type=click.Path(path_type=Path))
-@click.option("--out", default="benchmarks/results/evidence.json", type=click.Path(path_type=Path))
+@click.option("--out", default="benchmarks/results/evidence-zoo.json", type=click.Path(path_type=Path))
 @click.option("--settings", default="fp32,int8", show_default=True)
 @click.option("--preset", default="fast", show_default=True)
 @click.option("--samples", default=500, show_default=True, help="holdout samples that score a trigger")
