@@ -164,7 +164,7 @@ def _quantize(operands: Values, attributes: Attributes) -> Tensor:
 
 
 class _Rounded(torch.autograd.Function):
-    """_quantize and then _dequantize on one grid, in place: a third of the time of torch's own operators."""
+    """_quantize and then _dequantize on one grid, in place: a search spends much of its time here."""
 
     @staticmethod
     def forward(ctx: Any, data: Tensor, scale: float, low: int, high: int) -> Tensor:
