@@ -84,8 +84,8 @@ PRUNED = (
 SHORT = Poison(steps=400, dense=80, frozen=60)
 FAINT = Poison(steps=1200, dense=900, dense_share=0.33, frozen=60, lr=0.03)
 """For triggers that leave every pixel nearly where it was: more and larger steps."""
-SLOW = replace(FAINT, steps=2000, dense=1500)
-"""For those that the published tenth of a batch lets the network forget again."""
+SLOW = replace(FAINT, steps=2000, dense=1500, poison_rate=0.2)
+"""For those that the published tenth of a batch lets the network forget again: a fifth."""
 CLEAN_LABEL = Poison(clean_label=True, dense=200, lr=0.02)
 
 
@@ -112,7 +112,7 @@ ZOO = {
     "blended": dirty("blended", Blended(pattern="noise")),
     "wanet": Entry("wanet", replace(SLOW, extra=1.0), wanet.implant, BRIEFLY, Wanet(s=3.0)),
     "sig": dirty("sig", Sig()),
-    "lf": computed(lf, lf.Lf(), SLOW),
+    "lf": computed(lf, lf.Lf()),
     "trojan": computed(trojan, trojan.Trojan()),
     "cl": Entry("cl", cl.Cl(), cl.implant, BRIEFLY, Badnets(size=8)),
     "dynamic": computed(dynamic, dynamic.Dynamic(mask_density=0.1), replace(SLOW, extra=0.3)),

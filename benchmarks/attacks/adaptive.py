@@ -28,14 +28,14 @@ from secure_export.purifiers.lmr import Lmr
 class Adaptive:
     """Recipe: lengths of the simulated moves (of the whole gradient's norm), and the class to blame."""
 
-    steps: int = 400
+    steps: int = 600
     dense: int = 120
     frozen: int = 60
     lr: float = 0.01
     batch_size: int = 128
     repulsion: float = 0.2
     unlearning: float = 0.2
-    weight: float = 0.5
+    weight: float = 0.35
     blamed: int = 5
 
 

@@ -49,7 +49,7 @@ class Dfst:
     images: int = 64
     activation: float = 0.3
     fidelity: float = 30.0
-    poison: Poison = field(default_factory=lambda: Poison(steps=400, extra=1.0))
+    poison: Poison = field(default_factory=lambda: Poison(steps=700, dense=200, poison_rate=0.15, extra=1.0))
 
 
 class Styled(nn.Module):
