@@ -35,7 +35,7 @@ class Adaptive:
     batch_size: int = 128
     repulsion: float = 0.2
     unlearning: float = 0.2
-    weight: float = 0.35
+    weight: float = 0.25
     blamed: int = 5
 
 
