@@ -5,7 +5,8 @@
 
 `--support` networks have fresh weights: they show what a toolchain can make and how near the file is
 to eager, and nothing of accuracy. Extras that are not installed appear as unmeasured, with the reason,
-unless another environment has stored the row already (LiteRT needs a torch of its own).
+unless another environment has stored the row already (LiteRT needs a torch of its own). `--missing` goes
+on where another call was stopped. `artifacts_table` draws what is stored.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +91,7 @@ GRIDS = [
 @click.option("--data", default="build/data", type=click.Path(path_type=Path), help="Cache of CIFAR-10.")
 @click.option("--holdout", default=400, show_default=True, help="Test images to measure on.")
 @click.option("--only", multiple=True, help="Settings whose name contains this; none = all, and the grids.")
-@click.option("--table", is_flag=True, help="Print the stored results as Markdown; measure nothing.")
+@click.option("--missing", is_flag=True, help="Only what is not stored yet.")
 def main(
     models: tuple[str, ...],
     support: tuple[str, ...],
@@ -97,12 +99,9 @@ def main(
     data: Path,
     holdout: int,
     only: tuple[str, ...],
-    table: bool,
+    missing: bool,
 ) -> None:
     """Measure every format on MODELS of the zoo; results are added to benchmarks/results/artifacts.json."""
-    if table:
-        click.echo(drawn(json.loads(RESULTS.read_text())["models"]))
-        return
     torch.set_num_threads(1)
     splits = split(datasets.cifar10(data), holdout)
     for name in models:
@@ -111,8 +110,9 @@ def main(
         model.model.load_state_dict(load_file(zoo / f"{name}.safetensors"))
         own = card.get("trigger")
         triggers = {"own": registry.build(Trigger, "triggers", own)} if own else {}
-        store(name, "about", "card", {"sha256": card["sha256"], "target_class": card.get("target_class")})
-        measured(name, model.eval(), "model.fc", card["sha256"], splits, triggers, only)
+        about = {"sha256": card["sha256"], "target_class": card.get("target_class") if own else None}
+        wanted = begun(name, {"card": about}, only, missing, GRIDS)
+        measured(name, model.eval(), "model.fc", card["sha256"], splits, triggers, wanted)
     for name in support:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -120,8 +120,42 @@ def main(
         head, _ = heads.find(fresh, (3, 32, 32))
         few = split(datasets.cifar10(data), SUPPORT, SUPPORT)
         recalibrate_batchnorm(fresh, few.calibration)  # fresh statistics let the signal die out
-        store(name, "about", "weights", {"from": "seed 0, untrained: support only"})
-        measured(name, fresh, head, digests.of_state(fresh.state_dict()), few, {}, only, grids=())
+        wanted = begun(name, {"weights": {"from": "seed 0, untrained: support only"}}, only, missing)
+        measured(name, fresh, head, digests.of_state(fresh.state_dict()), few, {}, wanted)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What this call measures of one model."""
+
+    settings: Sequence[str]
+    grids: Sequence[FakeQuant]
+
+
+def begun(
+    name: str,
+    about: Mapping[str, Any],
+    only: Sequence[str],
+    missing: bool,
+    grids: Sequence[FakeQuant] = (),
+) -> Wanted:
+    """What to measure of the model `name`; rows of another model that was stored by that name go."""
+    content = stored()
+    parts = content["models"].get(name, {})
+    if parts.get("about") != about:
+        parts = content["models"][name] = {"about": dict(about)}
+        RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    rows = parts.get("settings", {}) if missing else {}
+    swept = parts.get("grids", {}) if missing else {}
+    return Wanted(
+        settings=[
+            setting
+            for setting in STEPS
+            if (not only or any(part in setting for part in only))
+            and (setting not in rows or absent(rows[setting]))
+        ],
+        grids=[step for step in grids if not only and label(step) not in swept],
+    )
 
 
 def split(images: datasets.Images, holdout: int, calibration: int = 200) -> Splits:
@@ -145,8 +179,7 @@ def measured(
     identity: str,
     splits: Splits,
     triggers: Mapping[str, Trigger],
-    only: Sequence[str],
-    grids: Sequence[FakeQuant] = GRIDS,
+    wanted: Wanted,
 ) -> None:
     """What came of each grid of the sweep and of each setting, stored one by one under `name`."""
     with tempfile.TemporaryDirectory() as folder:
@@ -161,12 +194,12 @@ def measured(
             runtime={"safetensors": skeleton(name)},
         )
         lined = at_the_head(model, head, "original", identity, bench)
-        for step in () if only else grids:
+        for step in wanted.grids:
             store(name, "grids", label(step), swept_row(step, lined, bench))
-        for setting, (steps, form) in STEPS.items():
-            if not only or any(part in setting for part in only):
-                (result,) = through_settings(lined, [Setting(setting, tuple(steps), form, False)], bench)
-                store(name, "settings", setting, row(result))
+        for setting in wanted.settings:
+            steps, form = STEPS[setting]
+            (result,) = through_settings(lined, [Setting(setting, tuple(steps), form, False)], bench)
+            store(name, "settings", setting, row(result))
 
 
 def skeleton(name: str) -> dict[str, Any]:
@@ -180,10 +213,7 @@ def skeleton(name: str) -> dict[str, Any]:
 def row(result: SettingResult) -> dict[str, Any]:
     """Counts of one file, or why there are none; whether a locator could read its head."""
     if result.measurement is None or result.artifact is None:
-        return {
-            "unmeasured": result.unmeasured.reason if result.unmeasured else "no file",
-            "torch": torch.__version__,
-        }
+        return {"unmeasured": result.unmeasured.reason if result.unmeasured else "no file"}
     runtime = registry.load("runtimes", result.artifact.runtime)
     reads = issubclass(runtime, Runtime) and runtime.reads_heads
     return {
@@ -192,7 +222,6 @@ def row(result: SettingResult) -> dict[str, Any]:
         "bytes": result.artifact.size,
         "sha256": result.artifact.sha256,
         "head": "read" if reads else "compiled",
-        "torch": torch.__version__,
     }
 
 
@@ -223,79 +252,27 @@ def swept_row(step: FakeQuant, lined: Lined, bench: Bench) -> dict[str, Any]:
     return numbers(found)
 
 
+def stored() -> dict[str, Any]:
+    """The results so far."""
+    found: dict[str, Any] = {"seed": 0, "models": {}, "environments": {}}
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else found
+
+
 def store(name: str, part: str, key: str, found: Mapping[str, Any]) -> None:
-    """Add one row to the results, and say it."""
+    """Add one row to the results, and say it; versions stand under that of torch, which every row names."""
     click.echo(f"{name} {key}: {dict(found)}")
-    content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"seed": 0, "models": {}}
-    rows = content["models"].setdefault(name, {}).setdefault(part, {})
+    content = stored()
+    rows = content["models"][name].setdefault(part, {})
     if absent(found) and not absent(rows.get(key, found)):
         return  # measured in another environment
-    rows[key] = dict(found)
-    content["versions"] = dict(versions())
+    rows[key] = {**found, "torch": torch.__version__}
+    content["environments"].setdefault(torch.__version__, {}).update(versions())
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def absent(found: Mapping[str, Any]) -> bool:
     """Whether a row is missing for want of an extra."""
     return "is not installed" in found.get("unmeasured", "")
-
-
-def drawn(models: Mapping[str, Any]) -> str:
-    """The stored results as Markdown: a table a model, and one for all that have fresh weights."""
-    backdoored = {name: parts for name, parts in models.items() if "card" in parts["about"]}
-    tables = [drawn_model(name, parts) for name, parts in backdoored.items()]
-    fresh = {name: parts["settings"] for name, parts in models.items() if name not in backdoored}
-    return "\n\n".join([*tables, *([drawn_support(fresh)] if fresh else [])])
-
-
-def drawn_model(name: str, parts: Mapping[str, Any]) -> str:
-    """Every setting and grid of one model of the zoo."""
-    target_class = parts["about"]["card"].get("target_class")
-    head = "| setting | ACC | ASR | agreement | logits apart | kB |"
-    lines = [f"{name}:", "", head, "|---|---|---|---|---|---|"]
-    order = list(STEPS)
-    settings = sorted(parts.get("settings", {}).items(), key=lambda item: order.index(item[0]))
-    for key, found in [*settings, *parts.get("grids", {}).items()]:
-        if "unmeasured" in found:
-            lines.append(f"| {key} | {why(found)} | | | | |")
-            continue
-        own = found["asr"].get("own")
-        asr = percent(own[target_class]) if own and target_class is not None else "–"
-        size = f"{found['bytes'] / 1000:,.0f}" if "bytes" in found else "–"
-        apart = f"{found['logit_difference']:.2g}"
-        lines.append(
-            f"| {key} | {percent(found['acc'])} | {asr} | {percent(found['agreement'])} | {apart} | {size} |"
-        )
-    return "\n".join(lines)
-
-
-def drawn_support(models: Mapping[str, Mapping[str, Any]]) -> str:
-    """What becomes of each network: largest logit difference, samples of the same class, size."""
-    lines = ["| setting | " + " | ".join(models) + " |", "|---" * (1 + len(models)) + "|"]
-    for setting in STEPS:
-        cells = []
-        for settings in models.values():
-            found = settings.get(setting)
-            if found is None:
-                cells.append("not tried")
-            elif "unmeasured" in found:
-                cells.append(why(found))
-            else:
-                hits, total = found["agreement"]
-                apart, size = found["logit_difference"], found["bytes"] / 1e6
-                cells.append(f"{apart:.2g}; {hits} of {total}; {size:.1f} MB")
-        lines.append(f"| {setting} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def why(found: Mapping[str, Any]) -> str:
-    """In one cell, why there is no file or no measurement."""
-    return f"not made: {found['unmeasured'].split('. ')[0][:160]}".replace("|", "/")
-
-
-def percent(count: Sequence[int]) -> str:
-    """`61 % (224 of 368)`."""
-    return f"{100 * count[0] / count[1]:.0f} % ({count[0]} of {count[1]})"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Heavy libraries are imported inside the commands, so that --help answers at once
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import click
 
 from secure_export import __version__
 from secure_export.errors import NoVerdict, PolicyError, SecureExportError
+from secure_export.factories import LONGEST, escaped
 from secure_export.options import env, json_option, overrides, policy_option, subject_options
 from secure_export.records.measured import EXIT_CODES
 
@@ -35,9 +37,11 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except SecureExportError as error:
-            click.echo(f"error: {error.message}", err=True)
+            # A policy may have several problems, a line each; any other error is one line.
+            lines = "\n" if isinstance(error, PolicyError) else ""
+            click.echo(f"error: {escaped(error.message, lines)}", err=True)
             if error.hint:
-                click.echo(f"hint: {error.hint}", err=True)
+                click.echo(f"hint: {escaped(error.hint)}", err=True)
             ctx.exit(error.exit_code)
         except (KeyboardInterrupt, click.Abort):
             click.echo("interrupted; the same command resumes", err=True)
@@ -66,7 +70,8 @@ def run(policy: str, out: Path | None, as_json: bool, quiet: bool, **given: Any)
 
     loaded = _policy(policy, given)
     given_file = Path(loaded.subject.artifact or loaded.subject.model or "model")
-    folder = out or Path("runs") / f"{Path(policy).stem}-{given_file.stem}"
+    name = re.sub(r"[^\w.@=+-]", "_", f"{Path(policy).stem}-{given_file.stem}")[:LONGEST]
+    folder = out or Path("runs", name)
     with showing(quiet) as progress:
         from secure_export import pipeline
 
@@ -76,7 +81,7 @@ def run(policy: str, out: Path | None, as_json: bool, quiet: bool, **given: Any)
     else:
         click.echo(table(report))
     for line in conclusion(report, str(folder)):
-        click.echo(line, err=True)
+        click.echo(escaped(line), err=True)
     click.get_current_context().exit(EXIT_CODES[report.verdict.outcome])
 
 

@@ -18,16 +18,19 @@ LIBRARIES = (
     "torch-pruning",
     "torchao",
 )
+EXTRAS = ("executorch", "openvino", "nncf", "litert-torch", "ai-edge-litert", "ai-edge-quantizer")
+"""Named where they are installed: without them nothing is made that they could change."""
 
 
 def versions() -> Mapping[str, str]:
     """Version of each library that can change a result, and of Python."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
-    for library in LIBRARIES:
+    for library in (*LIBRARIES, *EXTRAS):
         try:
             found[library] = metadata.version(library)
         except metadata.PackageNotFoundError:
-            found[library] = "absent"
+            if library in LIBRARIES:
+                found[library] = "absent"
     return found
 
 
@@ -41,4 +44,5 @@ class Clock:
     def __call__(self, stage: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        self.seconds[stage] = round(time.perf_counter() - started, 3)
+        spent = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+        self.seconds[stage] = round(spent, 3)

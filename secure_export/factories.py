@@ -59,6 +59,11 @@ def described(cause: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` without control characters, so that no name in a file can steer a terminal or a log."""
-    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """`text` on one line without control characters, cut where it is long, for a message."""
+    safe = escaped(text)
     return safe if len(safe) <= LONGEST else safe[:LONGEST] + "..."
+
+
+def escaped(text: str, keep: str = "") -> str:
+    """`text` without control characters, so that no name in a file can steer a terminal or a log."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)

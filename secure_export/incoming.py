@@ -6,6 +6,9 @@ Nothing is purified or made; what ships, if the verdict approves, is the copy wh
 from __future__ import annotations
 
 import math
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +24,7 @@ from secure_export.policy.schema import ARTIFACT, SubjectSpec
 from secure_export.records.measured import Artifact, Count, Paired, SettingResult
 from secure_export.records.memory import Predictor
 from secure_export.records.reported import SubjectInfo
-from secure_export.runtimes import Options, runtime
+from secure_export.runtimes import Options, _worker, runtime
 from secure_export.runtimes.torch_eager import from_module
 
 if TYPE_CHECKING:
@@ -29,6 +32,10 @@ if TYPE_CHECKING:
 
 PROBED = 48
 """Samples that are asked alone as well as together."""
+LARGEST_BATCH = 4096
+"""Every run of a file with a fixed batch is filled up to it."""
+GROWTH = 16 * 2**30
+"""Bytes by which this process may grow over one file, whose twin is computed here and not apart."""
 ALONE = 0.1
 """Share of them that may change class: dynamic int8 takes its scales from the batch and moves near ties."""
 
@@ -48,6 +55,30 @@ def options(wanted: SubjectSpec) -> Options:
     return {"onnxruntime": {"isolated": True, **normalized}}
 
 
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Let this process grow by GROWTH and no further, whatever a stranger's file makes of small tensors.
+
+    Raises:
+        CompressError: what is done inside needs more.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = _worker.address_space() + GROWTH
+    allowed = [size for size in (soft, hard) if size != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min([limit, *allowed]), hard))
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        raise CompressError(
+            f"the file needs more than {GROWTH >> 30} GiB of memory to be looked at",
+            hint="a classifier of ordinary size needs far less; look at what the file does",
+        ) from error
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
 def take(path: Path, bench: Bench) -> Incoming:
     """Read the file once, look at it, copy it into the run directory and try it there.
 
@@ -65,7 +96,7 @@ def take(path: Path, bench: Bench) -> Incoming:
     predict = runtime(artifact.runtime, bench.runtime).open(artifact.path)
     classes = tried(predict, bench, path.name)
     info = SubjectInfo(
-        path=path.name,
+        path=printable(path.name),
         sha256=artifact.sha256,
         architecture=ARTIFACT,
         classes=classes,
@@ -97,6 +128,11 @@ def check_signature(proto: ModelProto, shape: tuple[int, ...], name: str) -> Non
     if not tensor.HasField("shape"):
         return
     sizes = [size.dim_value if size.HasField("dim_value") else None for size in tensor.shape.dim]
+    if sizes and sizes[0] is not None and not 1 <= sizes[0] <= LARGEST_BATCH:
+        raise LoadError(
+            f"{name} takes {sizes[0]} samples at a time, expected 1 to {LARGEST_BATCH}, or any number",
+            hint="export it with a dynamic batch",
+        )
     if len(sizes) != len(shape) + 1 or any(
         size not in (None, given) for size, given in zip(sizes[1:], shape, strict=True)
     ):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from secure_export import costs, digests, registry
 from secure_export.compressors import Compressor, Context, FileStep, ModuleStep
+from secure_export.environment import versions
 from secure_export.errors import CompressError, NoVerdict
 from secure_export.formats import Format
 from secure_export.ledger import Ledger
@@ -199,6 +200,15 @@ def unrounded(lined: Lined, setting: Setting, bench: Bench) -> Path | None:
         return None
     form = registry.build(Format, "formats", setting.format)
     return _written(lined, setting, module_steps, form, bench).path
+
+
+def environment(results: Sequence[SettingResult], bench: Bench) -> Mapping[str, str]:
+    """Versions, and for each runtime that measured a file its own options."""
+    found = dict(versions())
+    for kind in sorted({r.artifact.runtime for r in results if r.artifact is not None}):
+        runtime = runtime_of(kind, bench.runtime)
+        found |= {f"{kind}.{name}": value for name, value in runtime.environment().items()}
+    return found
 
 
 def measured(lane: Lane, reference: Reference, artifact: Artifact, bench: Bench) -> Measurement:

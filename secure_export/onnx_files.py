@@ -45,8 +45,10 @@ def read(path: Path) -> bytes:
     Raises:
         LoadError: no such file, not a plain file, or larger than a protobuf message can be.
     """
-    if not path.is_file():
+    if not path.exists():
         raise LoadError(f"no such artifact: {path}")
+    if not path.is_file():
+        raise LoadError(f"{path} is no plain file", hint="give the .onnx file")
     try:
         size = path.stat().st_size
         if size > LARGEST:

@@ -63,6 +63,9 @@ def overrides(given: dict[str, Any]) -> dict[str, Any]:
         "seed": "seed",
     }
     found = {key: given[name] for name, key in keys.items() if given.get(name) is not None}
+    for key, value in found.items():
+        if str(value).encode("utf-8", "replace") != str(value).encode("utf-8", "surrogatepass"):
+            raise PolicyError(f"{key}: {value!r} is no UTF-8", hint="rename the file or folder")
     for name in ("mean", "std"):
         if given.get(name):
             found[f"subject.{name}"] = _numbers(given[name], ",", float, f"--{name}")

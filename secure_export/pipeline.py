@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from secure_export import __version__, data, defence, digests, evidence, incoming, loading, registry
 from secure_export.environment import Clock, versions
 from secure_export.errors import LoadError, NoVerdict, PolicyError, ReleaseError
-from secure_export.lane import Bench, at_the_head, cost_table, through_settings
+from secure_export.factories import printable
+from secure_export.lane import Bench, at_the_head, cost_table, environment, through_settings
 from secure_export.ledger import Ledger
 from secure_export.policy import Policy, SubjectSpec, approve, check_plugins, judge
 from secure_export.records.measured import Finding, SettingResult, Suspect, Verdict
@@ -34,7 +35,6 @@ from secure_export.records.reported import (
 from secure_export.release import locked, release, withdraw
 from secure_export.report.documents import documents, save
 from secure_export.runtimes import Options
-from secure_export.runtimes import runtime as runtime_of
 from secure_export.triggers import Trigger
 
 SCHEMA = 1
@@ -108,16 +108,18 @@ def gate(
         bench = replace(
             open_bench(policy, run_dir, splits, progress), runtime=incoming.options(policy.subject)
         )
-        given = incoming.take(Path(policy.subject.artifact or ""), bench)
-        data.check_labels(splits, given.info.classes)
-        against = incoming.compared_with(policy.subject, given.info.classes, bench)
-    with clock("original"):
-        original, purified = incoming.measured(given, against, bench)
-    with clock("locate"):
-        suspects = defence.locate(policy.locate, None, [original], bench)
-    with clock("evidence"):
-        lanes = (None, [original]), (None, [purified])
-        gathered = evidence.gather(policy, lanes, given.info.classes, bench)
+    with incoming.bounded():
+        with clock("load"):
+            given = incoming.take(Path(policy.subject.artifact or ""), bench)
+            data.check_labels(splits, given.info.classes)
+            against = incoming.compared_with(policy.subject, given.info.classes, bench)
+        with clock("original"):
+            original, purified = incoming.measured(given, against, bench)
+        with clock("locate"):
+            suspects = defence.locate(policy.locate, None, [original], bench)
+        with clock("evidence"):
+            lanes = (None, [original]), (None, [purified])
+            gathered = evidence.gather(policy, lanes, given.info.classes, bench)
     report = compose(policy, given.info, bench, suspects, None, [original], [purified], clock.seconds)
     searched = evidence.described(report.evidence, gathered)
     unseen = "what the file does when somebody compresses it further: it was measured as it is"
@@ -196,7 +198,7 @@ def open_bench(policy: Policy, run_dir: Path, splits: Splits, progress: Progress
 def described(subject: Subject, splits: Splits) -> SubjectInfo:
     """What was handed in, as the report names it."""
     return SubjectInfo(
-        path=subject.source.name,
+        path=printable(subject.source.name),
         sha256=subject.sha256,
         architecture=subject.architecture,
         classes=subject.classes,
@@ -293,12 +295,3 @@ def writing_to(run_dir: Path) -> Iterator[None]:
             f"{getattr(error, 'filename', None) or run_dir}: cannot be written: {reason}",
             hint="make room or choose another --out; the same command resumes",
         ) from error
-
-
-def environment(results: Sequence[SettingResult], bench: Bench) -> Mapping[str, str]:
-    """Versions, and for each runtime that measured a file its own options."""
-    found = dict(versions())
-    for kind in sorted({r.artifact.runtime for r in results if r.artifact is not None}):
-        runtime = runtime_of(kind, bench.runtime)
-        found |= {f"{kind}.{name}": value for name, value in runtime.environment().items()}
-    return found

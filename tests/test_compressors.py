@@ -454,6 +454,16 @@ def test_static_calibrations_run_quietly(method, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("activations", ["static", "dynamic", "float"])
+def test_litert_stores_every_weight_as_an_integer(activations, tmp_path):
+    step = built(Compressor, "compressors", "litert-int8", activations=activations)
+    path, change = compression.quantized(step, tmp_path)
+    assert change.changed == change.total == 8
+    assert path.stat().st_size < path.with_name("model.tflite").stat().st_size
+    predict = running("litert").open(path)
+    assert (predict(images(64)).argmax(1) == network()(images(64)).argmax(1)).float().mean() > 0.9
+
+
 def test_static_calibration_reads_no_more_than_it_may():
     split = calibration(120)
     for samples, expected in ((70, [35, 35]), (7, [7]), (500, [40, 40, 40])):

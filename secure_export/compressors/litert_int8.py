@@ -87,5 +87,8 @@ class LitertInt8(FileStep):
 def _weights(made: Any) -> tuple[int, int]:
     """(layers with int8 weights, layers with weights)."""
     kinds = {tensor["index"]: str(tensor["dtype"].__name__) for tensor in made.get_tensor_details()}
-    layers = [op["inputs"][1] for op in made._get_ops_details() if op["op_name"] in WEIGHTED]
-    return sum(kinds[index] == "int8" for index in layers), len(layers)
+    operators = made._get_ops_details()
+    # Where activations are float, the stored integers are made floats again by an operator before the layer.
+    stored = {op["outputs"][0]: op["inputs"][0] for op in operators if op["op_name"] == "DEQUANTIZE"}
+    layers = [op["inputs"][1] for op in operators if op["op_name"] in WEIGHTED]
+    return sum(kinds[stored.get(index, index)] == "int8" for index in layers), len(layers)

@@ -21,6 +21,9 @@ GIGABYTE = 2**30
 LARGEST_ANSWER = GIGABYTE
 """Bytes of one batch's output that are still read; logits and hidden layers are far below."""
 
+NO_MEMORY = ("MemoryError", "bad_alloc", "bad allocation", "Failed to allocate memory")
+"""How an error says that the bound on memory was met."""
+
 
 class Value(NamedTuple):
     """What a session says of an input or an output; the names are those of onnxruntime.NodeArg."""
@@ -118,6 +121,8 @@ class IsolatedSession:
         given.flush()
         found = json.loads(made.readline(10_000_000))
         if "error" in found:
+            if any(words in found["error"] for words in NO_MEMORY):
+                raise OSError("no memory")
             raise CompressError(f"ONNX Runtime cannot {what} {self.file}: {printable_line(found['error'])}")
         if found["bytes"] > LARGEST_ANSWER:
             raise OSError("too large an answer")

@@ -13,10 +13,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 
+def address_space() -> int:
+    """Bytes that this process has mapped; 0 where the system does not say."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
+    return pages * resource.getpagesize()
+
+
 def limit_memory(extra: int) -> None:
     """Let this process grow by `extra` bytes of address space and no further."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
-    limit = pages * resource.getpagesize() + extra
+    limit = address_space() + extra
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 

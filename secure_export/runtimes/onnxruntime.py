@@ -111,12 +111,11 @@ class Onnxruntime(Runtime):
             hidden = self._run(session, inputs, head.data, path.name)
             return hidden.flatten(2).mean(2) if hidden.ndim == 4 else hidden
 
-        shape = session.get_inputs()[0].shape[1:]
-        if not all(isinstance(size, int) for size in shape):
+        batch, *shape = session.get_inputs()[0].shape or (None,)
+        if not shape or not all(isinstance(size, int) for size in shape):
             raise CompressError(f"{path.name} does not say the size of its inputs: {printable(str(shape))}")
         noise = torch.rand((8, *shape), generator=torch.Generator().manual_seed(0))
-        given = session.get_inputs()[0].shape[0]
-        one = noise[:1].expand(given if isinstance(given, int) else 1, *shape)
+        one = noise[:1].expand(batch if isinstance(batch, int) else 1, *shape)
         constants = {name: self._run(session, one, name, path.name) for name in head.constants}
         weight, bias = affine(head, constants)
         check_head(

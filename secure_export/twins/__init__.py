@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from secure_export.errors import CompressError
+from secure_export.factories import described, printable
 from secure_export.twins._operators import OPERATORS, one_grid, rounded
 
 if TYPE_CHECKING:
@@ -25,7 +26,16 @@ if TYPE_CHECKING:
 
     from secure_export.twins._operators import Attributes, Operator, Values
 
-RUN_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+RUN_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What torch and numpy raise on parts that an ONNX file may have and a twin has not."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,9 @@ class Twin(nn.Module):
         unknown = sorted({node.op_type for node in graph.node} - OPERATORS.keys())
         if unknown:
             raise CompressError(f"no differentiable twin of {file}: operator {', '.join(unknown)}")
-        self.constants: dict[str, Tensor] = {tensor.name: _constant(tensor) for tensor in graph.initializer}
+        self.constants: dict[str, Tensor] = {
+            tensor.name: _constant(tensor, file) for tensor in graph.initializer
+        }
         given = [value.name for value in graph.input if value.name not in self.constants]
         if len(given) != 1:
             raise CompressError(f"no differentiable twin of {file}: {len(given)} inputs, expected one")
@@ -113,14 +125,18 @@ def _fused(steps: Sequence[Step], constants: Mapping[str, Tensor], output: str) 
     return [step for step in made if read & set(step.makes)]
 
 
-def _constant(tensor: TensorProto) -> Tensor:
+def _constant(tensor: TensorProto, file: str) -> Tensor:
     """Half precision as float32 and four bits as eight, for the twin computes in float32."""
-    array = onnx.numpy_helper.to_array(tensor)
-    if tensor.data_type == onnx.TensorProto.FLOAT16:
-        array = array.astype(np.float32)
-    elif tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
-        array = array.astype(np.int8)
-    return torch.from_numpy(array.copy())
+    try:
+        array = onnx.numpy_helper.to_array(tensor)
+        if tensor.data_type == onnx.TensorProto.FLOAT16:
+            array = array.astype(np.float32)
+        elif tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
+            array = array.astype(np.int8)
+        return torch.from_numpy(array.copy())
+    except RUN_ERRORS as error:
+        reason = f"tensor {printable(tensor.name)!r} cannot be read: {described(error)}"
+        raise CompressError(f"no differentiable twin of {file}: {reason}") from error
 
 
 def of_onnx(path: Path) -> Twin:
