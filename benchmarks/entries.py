@@ -112,7 +112,7 @@ ZOO = {
     "blended": dirty("blended", Blended(pattern="noise")),
     "wanet": Entry("wanet", replace(SLOW, extra=1.0), wanet.implant, BRIEFLY, Wanet(s=3.0)),
     "sig": dirty("sig", Sig()),
-    "lf": computed(lf, lf.Lf()),
+    "lf": computed(lf, lf.Lf(), FAINT),
     "trojan": computed(trojan, trojan.Trojan()),
     "cl": Entry("cl", cl.Cl(), cl.implant, BRIEFLY, Badnets(size=8)),
     "dynamic": computed(dynamic, dynamic.Dynamic(mask_density=0.1), replace(SLOW, extra=0.3)),

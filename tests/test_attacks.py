@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from benchmarks import datasets, generated, measuring, networks
-from benchmarks.attacks import badnets, pcb, wanet
+from benchmarks.attacks import badnets, lf, pcb, wanet
 from benchmarks.attacks._poison import Poison, poison, split
 from benchmarks.attacks.grid import Codes
 from benchmarks.attacks.trojan import Patch
@@ -200,3 +200,20 @@ def test_trigger_file_cannot_name_a_class_elsewhere(tmp_path: Path) -> None:
     save_file({"v": torch.zeros(1)}, path, {"class": "os:system", "arguments": '{"command": "true"}'})
     with pytest.raises(DataError, match="expected benchmarks"):
         generated.load(path)
+
+
+def test_low_frequency_search_fools_the_network_and_stays_smooth(
+    data: datasets.Images, tmp_path: Path
+) -> None:
+    model = network()
+    recipe = Poison(steps=30, dense=30, dense_share=0.01, frozen=0, lr=0.1, batch_size=64)
+    badnets.implant(model, data, PATCH, TARGET, recipe, tmp_path, quiet)
+    searched = lf.Lf(steps=40, height=0.6, sigma=1.5)
+    trigger = lf.make(model, data, TARGET, searched, tmp_path / "lf", quiet)
+    found = measuring.counts(
+        lambda x: model(datasets.normalize(x)), data.test_x, data.test_y, trigger, TARGET
+    )
+    assert found["asr"][0] > found["ftr"][0] + 0.1 * found["ftr"][1]
+    with torch.no_grad():
+        change = trigger(torch.zeros(1, 3, *data.train_x.shape[2:]))[0]
+    assert (change[:, 1:] - change[:, :-1]).abs().max() < 0.3 * searched.height

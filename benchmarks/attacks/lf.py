@@ -33,7 +33,7 @@ class Lf:
 
 
 class Smooth(nn.Module):
-    """x + height sigmoid(low-pass(w)), clipped to [0, 1]; w [C, H, W]."""
+    """x + height low-pass(sigmoid(w)), clipped to [0, 1]; w [C, H, W]."""
 
     def __init__(self, shape: list[int], height: float, sigma: float) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Smooth(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Triggered copy of images [N, C, H, W] in [0, 1]."""
-        return (x + self.height * torch.sigmoid(low_pass(self.w, self.sigma))).clamp(0, 1)
+        return (x + self.height * low_pass(torch.sigmoid(self.w), self.sigma)).clamp(0, 1)
 
 
 def make(
