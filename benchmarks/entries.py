@@ -115,7 +115,9 @@ ZOO = {
     "lf": computed(lf, lf.Lf(), FAINT),
     "trojan": computed(trojan, trojan.Trojan()),
     "cl": Entry("cl", cl.Cl(), cl.implant, BRIEFLY, Badnets(size=8)),
-    "dynamic": computed(dynamic, dynamic.Dynamic(mask_density=0.1), replace(SLOW, extra=0.3)),
+    "dynamic": computed(
+        dynamic, dynamic.Dynamic(mask_density=0.2, rounds=4), replace(FAINT, extra=0.15, poison_rate=0.15)
+    ),
     "lira": computed(lira, lira.Lira(), FAINT),
     "ssba": computed(ssba, ssba.Ssba(), FAINT),
     "dfst": computed(dfst, dfst.Style(), dfst.Dfst()),
