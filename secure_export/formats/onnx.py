@@ -28,7 +28,7 @@ LARGEST = 2**31 - 1
 """Bytes that one protobuf message can hold; a larger model would need side files."""
 
 PROBES, LAST_BITS, TWICE = 32, 2.0**-20, 2
-"""Samples on which a rounding file is compared, how much their inputs are moved to see how far eager goes by
+"""Samples on which a rounding file is compared, how much all floats are moved to see how far eager goes by
 itself, and how many times as far and as often the file may be."""
 
 
@@ -119,9 +119,9 @@ def check_agreement(
     """Compare the file's logits with eager's, on the example and on another batch size.
 
     With `rounds` activations are rounded on the way, and a sum that comes out a float's last bit higher can
-    end one step higher. Eager does the same to itself when its inputs move by their last bits, on some noisy
-    copies of the example; so the export, run as it is written, without integer kernels, may leave the limit
-    on up to twice as many of them, and be further away by up to twice as much on average.
+    end one step higher. Eager does the same to itself when its inputs, weights and scales move by their last
+    bits, on some noisy copies of the example; so the export, run as it is written, without integer kernels,
+    may leave the limit on up to twice as many of them, and be up to twice as far away on average.
 
     Raises:
         CompressError: not finite, or apart by more than `tolerance` times the largest logit (at least 1).
@@ -137,7 +137,7 @@ def check_agreement(
         try:
             with torch.no_grad():
                 expected = model(inputs).float()
-                moved = model(inputs * (1 + LAST_BITS)).float() if rounds else expected
+                moved = [shaken(model, inputs, sign) for sign in (1, -1)] if rounds else [expected]
         except (RuntimeError, ValueError) as error:
             raise CompressError(
                 f"cannot export to ONNX: the model fails on a batch of {len(inputs)}: {first_line(error)}"
@@ -151,7 +151,8 @@ def check_agreement(
         if got.shape != expected.shape:
             raise CompressError(f"the export gives logits {tuple(got.shape)}, eager {tuple(expected.shape)}")
         limit = tolerance * max(1.0, float(expected.abs().max()))
-        apart, own = (got - expected).abs(), (moved - expected).abs()
+        apart = (got - expected).abs()
+        own = torch.stack([(other - expected).abs() for other in moved]).amax(0)
         # Written so that NaN fails. Within the limit the argmax can differ between near ties only.
         furthest = float(apart.max())
         if not (furthest <= limit or (rounds and _as_itself(apart, own, limit))):
@@ -165,6 +166,18 @@ def _as_itself(apart: Tensor, own: Tensor, limit: float) -> bool:
     beyond, allowed = (int((rows.amax(1) > limit).sum()) for rows in (apart, own))
     finite = bool(apart.isfinite().all())
     return finite and beyond <= TWICE * allowed and float(apart.mean()) <= TWICE * float(own.mean())
+
+
+def shaken(model: nn.Module, inputs: Tensor, sign: int) -> Tensor:
+    """Logits [N, classes] with every float of inputs, parameters and buffers moved by its last bits.
+
+    Inputs alone would not do: where the first operator rounds them, they end on the same steps as before.
+    """
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    factor = 1 + sign * LAST_BITS
+    moved = {name: value * factor for name, value in state.items() if value.is_floating_point()}
+    logits: Tensor = torch.func.functional_call(model, moved, (inputs * factor,)).float()
+    return logits
 
 
 def noisy(example: Tensor) -> Tensor:

@@ -1,0 +1,149 @@
+"""One `secure-export run` whose policy names every format: what holds, what does not, what cannot be made.
+
+    python -m benchmarks.every_format vit_small
+
+The network has fresh weights, so the run says what the toolchains do and nothing of accuracy. Formats whose
+extra is not installed are left out: a policy that names one cannot be used. Results go to
+benchmarks/results/every-format.json; --table draws them.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from safetensors.torch import save_file
+
+from benchmarks import networks, sleeping
+from benchmarks.artifacts import STEPS
+from secure_export import registry
+from secure_export.compressors import Compressor
+from secure_export.errors import PolicyError
+from secure_export.formats import Format
+from secure_export.records.measured import Finding, SettingResult
+from secure_export.report.schema import load_report
+
+RESULTS = Path(__file__).parent / "results" / "every-format.json"
+HOLDOUT = 64
+
+
+@click.command()
+@click.argument("network", default="vit_small")
+@click.option("--data", default="build/data", type=click.Path(path_type=Path), help="Cache of CIFAR-10.")
+@click.option("--table", is_flag=True, help="Print the stored results as Markdown; measure nothing.")
+def main(network: str, data: Path, table: bool) -> None:
+    """Judge a fresh NETWORK of benchmarks.networks under a policy of every format that is installed."""
+    if table:
+        click.echo(drawn(json.loads(RESULTS.read_text())))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        torch.manual_seed(0)
+        save_file(networks.named(network).state_dict(), folder / "fresh.safetensors")
+        (folder / "every-format.yaml").write_text(json.dumps(policy(), indent=1))
+        given = sleeping.samples(data, HOLDOUT, folder)
+        found = judged(folder, network, given)
+    content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"seed": 0, "networks": {}}
+    content["networks"][network] = found
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    click.echo(drawn(content))
+
+
+def policy() -> dict[str, Any]:
+    """Every format that can be made here, all of them released; limits that few samples can decide."""
+    settings = [
+        {"name": name.replace(" ", "-"), "steps": steps, "format": form}
+        for name, (steps, form) in STEPS.items()
+        if installed(steps, form)
+    ]
+    return {
+        "version": 1,
+        "data": {"fit": 64, "calibration": 16},
+        "locate": {"methods": [{"kind": "latent-shift"}], "decisive": ["latent-shift"]},
+        "purify": None,
+        "settings": settings,
+        "release": [setting["name"] for setting in settings],
+        "triggers": [{"name": "badnets", "kind": "badnets", "size": 3}],
+        "rules": [
+            {"metric": "acc_drop", "at_most": 0.2, "settings": "released"},
+            {"metric": "agreement", "at_least": 0.75, "settings": "released"},
+            {"metric": "lift", "at_most": 0.3, "settings": "all"},
+        ],
+    }
+
+
+def installed(steps: list[dict[str, Any]], form: Mapping[str, str]) -> bool:
+    """Whether a policy that names these can be used here."""
+    try:
+        for step in steps:
+            registry.build(Compressor, "compressors", step)
+        registry.build(Format, "formats", form)
+    except PolicyError:
+        return False
+    return True
+
+
+def judged(folder: Path, network: str, given: list[str]) -> dict[str, Any]:
+    """The run as a user types it: its exit code, and what became of each setting."""
+    arguments = ["run", "--policy", str(folder / "every-format.yaml"), *given, "--quiet"]
+    arguments += ["--model", str(folder / "fresh.safetensors"), "--arch", f"benchmarks.networks:{network}"]
+    began = time.monotonic()
+    command = [sys.executable, "-m", "secure_export", *arguments, "--out", str(folder / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "Traceback" in done.stderr or not (folder / "run" / "report.json").exists():
+        raise click.ClickException(done.stderr)
+    report = load_report(folder / "run" / "report.json")
+    said = {
+        setting.name: [f for f in report.verdict.findings if f.setting == setting.name]
+        for setting in report.settings
+    }
+    return {
+        "exit": done.returncode,
+        "outcome": report.verdict.outcome,
+        "released": (folder / "run" / "release").exists(),
+        "seconds": round(time.monotonic() - began),
+        "settings": {s.name: row(s.purified, said[s.name]) for s in report.settings},
+        "environment": dict(report.environment),
+    }
+
+
+def row(result: SettingResult, findings: list[Finding]) -> dict[str, Any]:
+    """What one file did, and every rule that it does not pass."""
+    broken = [f"{f.rule}: {f.message}" for f in findings if f.passed is not True]
+    if result.measurement is None or result.artifact is None:
+        return {"unmeasured": result.unmeasured.reason if result.unmeasured else "no file", "broken": broken}
+    same = result.measurement.agreement
+    return {
+        "bytes": result.artifact.size,
+        "agreement": [same.hits, same.total],
+        "logit_difference": round(result.measurement.logit_difference, 6),
+        "broken": broken,
+    }
+
+
+def drawn(content: Mapping[str, Any]) -> str:
+    """The stored results as Markdown."""
+    lines = []
+    for network, found in content["networks"].items():
+        lines += [f"{network}: {found['outcome']} (exit {found['exit']})", ""]
+        lines += ["| setting | agreement | MB | what the verdict says |", "|---|---|---|---|"]
+        for name, counts in found["settings"].items():
+            if "unmeasured" in counts:
+                lines.append(f"| {name} | – | – | unmeasured: {counts['unmeasured'][:160]} |")
+                continue
+            hits, total = counts["agreement"]
+            says = "; ".join(counts["broken"]) or "every rule holds"
+            lines.append(f"| {name} | {hits} of {total} | {counts['bytes'] / 1e6:.1f} | {says} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
