@@ -18,35 +18,40 @@ def main() -> None:
 
 
 def drawn(models: Mapping[str, Any]) -> str:
-    """The stored results as Markdown: a table a model, and one for all that have fresh weights."""
-    backdoored = {name: parts for name, parts in models.items() if "card" in parts["about"]}
-    tables = [drawn_model(name, parts) for name, parts in backdoored.items()]
-    fresh = {name: parts["settings"] for name, parts in models.items() if name not in backdoored}
-    return "\n\n".join([*tables, *([drawn_support(fresh)] if fresh else [])])
+    """The stored results as Markdown: a table of the zoo's models, and one of networks with fresh weights."""
+    trained = {name: parts for name, parts in models.items() if "card" in parts["about"]}
+    fresh = {name: models[name]["settings"] for name in sorted(models) if name not in trained}
+    tables = [drawn_trained(trained)] if trained else []
+    return "\n\n".join([*tables, drawn_fresh(fresh)] if fresh else tables)
 
 
-def drawn_model(name: str, parts: Mapping[str, Any]) -> str:
-    """Every setting and grid of one model of the zoo."""
-    target_class = parts["about"]["card"].get("target_class")
-    head = "| setting | ACC | ASR | agreement | logits apart | kB |"
-    lines = [f"{name}:", "", head, "|---|---|---|---|---|---|"]
-    order = list(STEPS)
-    settings = sorted(parts.get("settings", {}).items(), key=lambda item: order.index(item[0]))
-    for key, found in [*settings, *parts.get("grids", {}).items()]:
-        if "unmeasured" in found:
-            lines.append(f"| {key} | {why(found)} | | | | |")
-            continue
-        own = found["asr"].get("own")
-        asr = percent(own[target_class]) if own and target_class is not None else "–"
-        size = f"{found['bytes'] / 1000:,.0f}" if "bytes" in found else "–"
-        apart = f"{found['logit_difference']:.2g}"
-        lines.append(
-            f"| {key} | {percent(found['acc'])} | {asr} | {percent(found['agreement'])} | {apart} | {size} |"
-        )
+def drawn_trained(models: Mapping[str, Mapping[str, Any]]) -> str:
+    """Every setting and grid: accuracy, ASR of the model's own trigger, agreement; the file's size."""
+    lines = [
+        "| setting | " + " | ".join(f"{name}: ACC | ASR | agreement | apart" for name in models) + " | kB |",
+        "|---" * (2 + 4 * len(models)) + "|",
+    ]
+    grids = dict.fromkeys(key for parts in models.values() for key in parts.get("grids", {}))
+    for part, keys in (("settings", STEPS), ("grids", grids)):
+        for key in keys:
+            rows = {name: parts.get(part, {}).get(key) for name, parts in models.items()}
+            cells = [counts(found, models[name]["about"]["card"]) for name, found in rows.items()]
+            sizes = {f"{found['bytes'] / 1000:,.0f}" for found in rows.values() if found and "bytes" in found}
+            lines.append(f"| {key} | {' | '.join(cells)} | {' / '.join(sorted(sizes)) or '–'} |")
     return "\n".join(lines)
 
 
-def drawn_support(models: Mapping[str, Mapping[str, Any]]) -> str:
+def counts(found: Mapping[str, Any] | None, card: Mapping[str, Any]) -> str:
+    """Four cells of one model."""
+    if found is None or "unmeasured" in found:
+        return f"{'not tried' if found is None else why(found)} | – | – | –"
+    own, target_class = found["asr"].get("own"), card["target_class"]
+    asr = percent(own[target_class]) if own and target_class is not None else "–"
+    apart = f"{found['logit_difference']:.2g}"
+    return f"{percent(found['acc'])} | {asr} | {percent(found['agreement'])} | {apart}"
+
+
+def drawn_fresh(models: Mapping[str, Mapping[str, Any]]) -> str:
     """What becomes of each network: largest logit difference, samples of the same class, size."""
     lines = ["| setting | " + " | ".join(models) + " |", "|---" * (1 + len(models)) + "|"]
     for setting in STEPS:

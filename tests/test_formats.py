@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from secure_export import digests, registry
+from secure_export.compressors.torchao_int8_dynamic import TorchaoInt8Dynamic
 from secure_export.compressors.torchao_pt2e_static_int8 import TorchaoPt2eStaticInt8
 from secure_export.errors import CompressError
 from secure_export.formats import Format
@@ -117,6 +118,13 @@ def test_onnx_with_nan_logits_is_refused(tmp_path):
     nn.init.constant_(model.head.bias, float("nan"))
     with pytest.raises(CompressError, match="disagrees with eager"):
         Onnx().write(model, images(4), tmp_path / "model.onnx")
+
+
+def test_operator_that_onnx_lacks_is_named(tmp_path):
+    step = TorchaoInt8Dynamic()
+    model, _ = step.on_module(network(), compression.context(network()))
+    with pytest.raises(CompressError, match=r"ONNX: operator aten\._int_mm\.default cannot be translated$"):
+        Onnx().write(model, images(2), tmp_path / "model.onnx")
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ absolute paths: here weights are inline and all of that is cleared, so two build
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -89,12 +90,19 @@ def exported(model: nn.Module, example: Tensor) -> onnx.ModelProto:
             )
         except torch.onnx.OnnxExporterError as error:
             raise CompressError(
-                f"cannot export to ONNX: {first_line(error.__cause__ or error)}",
+                f"cannot export to ONNX: {why(error.__cause__ or error)}",
                 hint="the model must be traceable by torch.export with a free batch axis",
             ) from error
     if program is None:
         raise CompressError("cannot export to ONNX: torch.onnx.export returned nothing")
     return program.model_proto
+
+
+def why(error: BaseException) -> str:
+    """In one line; where it is one operator, which: the exporter quotes the whole node, arguments and all."""
+    reason = first_line(error)
+    node = re.search(r"translating node.*target=torch\.ops\.([\w.]+)", reason)
+    return f"operator {node.group(1)} cannot be translated" if node else reason
 
 
 def strip(proto: onnx.ModelProto) -> onnx.ModelProto:
