@@ -22,9 +22,9 @@ import click
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import networks, sleeping
+from benchmarks import sleeping
 from benchmarks.artifacts import STEPS
-from secure_export import registry
+from secure_export import architectures, registry
 from secure_export.compressors import Compressor
 from secure_export.errors import PolicyError
 from secure_export.formats import Format
@@ -32,7 +32,7 @@ from secure_export.records.measured import Finding, SettingResult
 from secure_export.report.schema import load_report
 
 RESULTS = Path(__file__).parent / "results" / "every-format.json"
-HOLDOUT = 64
+HOLDOUT = 32
 
 
 @click.command()
@@ -47,7 +47,8 @@ def main(network: str, data: Path, table: bool) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         torch.manual_seed(0)
-        save_file(networks.named(network).state_dict(), folder / "fresh.safetensors")
+        fresh = architectures.build(f"benchmarks.networks:{network}", 10, (3, 32, 32))
+        save_file(fresh.state_dict(), folder / "fresh.safetensors")
         (folder / "every-format.yaml").write_text(json.dumps(policy(), indent=1))
         given = sleeping.samples(data, HOLDOUT, folder)
         found = judged(folder, network, given)
@@ -66,7 +67,7 @@ def policy() -> dict[str, Any]:
     ]
     return {
         "version": 1,
-        "data": {"fit": 64, "calibration": 16},
+        "data": {"fit": 32, "calibration": 16},
         "locate": {"methods": [{"kind": "latent-shift"}], "decisive": ["latent-shift"]},
         "purify": None,
         "settings": settings,
