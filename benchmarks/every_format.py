@@ -38,8 +38,10 @@ HOLDOUT = 32
 @click.command()
 @click.argument("network", default="vit_small")
 @click.option("--data", default="build/data", type=click.Path(path_type=Path), help="Cache of CIFAR-10.")
+@click.option("--only", multiple=True, help="Settings whose name contains this; none = all.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run directory to keep and to go on in.")
 @click.option("--table", is_flag=True, help="Print the stored results as Markdown; measure nothing.")
-def main(network: str, data: Path, table: bool) -> None:
+def main(network: str, data: Path, only: tuple[str, ...], out: Path | None, table: bool) -> None:
     """Judge a fresh NETWORK of benchmarks.networks under a policy of every format that is installed."""
     if table:
         click.echo(drawn(json.loads(RESULTS.read_text())))
@@ -49,21 +51,21 @@ def main(network: str, data: Path, table: bool) -> None:
         torch.manual_seed(0)
         fresh = architectures.build(f"benchmarks.networks:{network}", 10, (3, 32, 32))
         save_file(fresh.state_dict(), folder / "fresh.safetensors")
-        (folder / "every-format.yaml").write_text(json.dumps(policy(), indent=1))
+        (folder / "every-format.yaml").write_text(json.dumps(policy(only), indent=1))
         given = sleeping.samples(data, HOLDOUT, folder)
-        found = judged(folder, network, given)
+        found = judged(folder, network, given, out or folder / "run")
     content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"seed": 0, "networks": {}}
     content["networks"][network] = found
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
     click.echo(drawn(content))
 
 
-def policy() -> dict[str, Any]:
+def policy(only: tuple[str, ...]) -> dict[str, Any]:
     """Every format that can be made here, all of them released; limits that few samples can decide."""
     settings = [
         {"name": name.replace(" ", "-"), "steps": steps, "format": form}
         for name, (steps, form) in STEPS.items()
-        if installed(steps, form)
+        if installed(steps, form) and (not only or any(part in name for part in only))
     ]
     return {
         "version": 1,
@@ -92,16 +94,16 @@ def installed(steps: list[dict[str, Any]], form: Mapping[str, str]) -> bool:
     return True
 
 
-def judged(folder: Path, network: str, given: list[str]) -> dict[str, Any]:
+def judged(folder: Path, network: str, given: list[str], out: Path) -> dict[str, Any]:
     """The run as a user types it: its exit code, and what became of each setting."""
     arguments = ["run", "--policy", str(folder / "every-format.yaml"), *given, "--quiet"]
     arguments += ["--model", str(folder / "fresh.safetensors"), "--arch", f"benchmarks.networks:{network}"]
     began = time.monotonic()
-    command = [sys.executable, "-m", "secure_export", *arguments, "--out", str(folder / "run")]
+    command = [sys.executable, "-m", "secure_export", *arguments, "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if "Traceback" in done.stderr or not (folder / "run" / "report.json").exists():
+    if "Traceback" in done.stderr or not (out / "report.json").exists():
         raise click.ClickException(done.stderr)
-    report = load_report(folder / "run" / "report.json")
+    report = load_report(out / "report.json")
     said = {
         setting.name: [f for f in report.verdict.findings if f.setting == setting.name]
         for setting in report.settings
@@ -109,7 +111,7 @@ def judged(folder: Path, network: str, given: list[str]) -> dict[str, Any]:
     return {
         "exit": done.returncode,
         "outcome": report.verdict.outcome,
-        "released": (folder / "run" / "release").exists(),
+        "released": (out / "release").exists(),
         "seconds": round(time.monotonic() - began),
         "settings": {s.name: row(s.purified, said[s.name]) for s in report.settings},
         "environment": dict(report.environment),

@@ -8,6 +8,7 @@ The two halves of the work are in `lane.py` (a model through every setting) and 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -179,6 +180,8 @@ def open_bench(policy: Policy, run_dir: Path, splits: Splits, progress: Progress
     """Where files are made and what is already done."""
     folder = run_dir / "work"
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".*/"):  # of steps that were killed
+        shutil.rmtree(left)
     triggers = {spec.name: registry.build(Trigger, "triggers", spec.plugin) for spec in policy.triggers}
     some = splits.calibration.floats(slice(0, 16))
     return Bench(
