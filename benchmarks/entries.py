@@ -84,7 +84,8 @@ PRUNED = (
 SHORT = Poison(steps=400, dense=80, frozen=60)
 FAINT = Poison(steps=1200, dense=900, dense_share=0.33, frozen=60, lr=0.03)
 """For triggers that leave every pixel nearly where it was: more and larger steps."""
-SLOW = replace(FAINT, steps=2000, dense=1500, poison_rate=0.25)
+LONG = replace(FAINT, steps=2000, dense=1500)
+SLOW = replace(LONG, poison_rate=0.25)
 """For those that the published tenth of a batch lets the network forget again: a quarter."""
 CLEAN_LABEL = Poison(clean_label=True, dense=200, lr=0.02)
 
@@ -115,9 +116,7 @@ ZOO = {
     "lf": computed(lf, lf.Lf(), FAINT),
     "trojan": computed(trojan, trojan.Trojan()),
     "cl": Entry("cl", cl.Cl(), cl.implant, BRIEFLY, Badnets(size=8)),
-    "dynamic": computed(
-        dynamic, dynamic.Dynamic(mask_density=0.2, rounds=4), replace(FAINT, extra=0.15, poison_rate=0.15)
-    ),
+    "dynamic": computed(dynamic, dynamic.Dynamic(mask_density=0.1), replace(LONG, extra=0.3)),
     "lira": computed(lira, lira.Lira(), FAINT),
     "ssba": computed(ssba, ssba.Ssba(), FAINT),
     "dfst": computed(dfst, dfst.Style(), dfst.Dfst()),
