@@ -64,7 +64,7 @@ def drawn(model: nn.Module) -> set[str]:
     inputs = torch.zeros(8, 3, 16, 16, dtype=torch.uint8)
     fit = Split(inputs, torch.zeros(8, dtype=torch.long), "0")
     draws = Draws((1.0, 0.0), (0.1, 0.5), HEAD, {}, fit, 4, torch.Generator().manual_seed(0))
-    draws.bounded_by(model, fit.floats())
+    draws.only_followable(model)
     return {draws.pruned().cut for _ in range(8)}
 
 

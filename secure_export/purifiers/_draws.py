@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
@@ -51,44 +51,42 @@ class Draws:
         self.odds, self.ratios, self.head, self.followers = torch.tensor(odds), ratios, head, followers
         self.fit, self.recalibrated_on, self.generator = fit, recalibrated_on, generator
         self.example = fit.floats(slice(0, 1))
-        self.cuts: tuple[Cut, ...] = ("weights", "group-l1", "weights", "filters", "own-l1")
-        self.most: dict[Cut, float] = {}
+        self.cuts: tuple[Cut, ...] = get_args(Cut)
         self.pruned_so_far = 0
 
-    @torch.no_grad()
-    def bounded_by(self, model: nn.Module, inputs: Tensor) -> None:
-        """Cut no more than leaves `model` half of its answers, and only where torch-pruning can follow it.
-
-        In a ruin any perturbation succeeds, and what it says of a clean sample is worth no imitation.
-        """
+    def only_followable(self, model: nn.Module) -> None:
+        """Draw no removal of channels where torch-pruning cannot follow `model`."""
         try:
             pruning.removed(model, self.head, self.example, 0.5, "own-l1")
         except pruning.UNFOLLOWABLE:
             self.cuts = ("filters", "weights")
-        answers = model(inputs).argmax(1)
-        everyone = torch.arange(min(self.recalibrated_on, len(self.fit)))
-        for cut in set(self.cuts):
-            ratio = self.ratios[1]
-            while ratio > self.ratios[0] + 0.01:
-                view = self.view(model, Drawn("pruned", cut, ratio, everyone))
-                if float((view(inputs).argmax(1) == answers).float().mean()) >= 0.5:
-                    break
-                ratio *= 0.8
-            self.most[cut] = max(ratio, self.ratios[0])
 
     def plain(self) -> Drawn:
         """Nothing is cut."""
         return Drawn("int8" if int(torch.multinomial(self.odds, 1, generator=self.generator)) else "full")
 
-    def pruned(self, most: bool = False) -> Drawn:
-        """A share is cut, in turn by every way of cutting; `most`: as much as may be."""
+    def pruned(self) -> Drawn:
+        """A share is cut, in turn by every way of cutting."""
+        low, high = self.ratios
         chances = torch.rand(2, generator=self.generator).tolist()
         clean = torch.randperm(len(self.fit), generator=self.generator)[: self.recalibrated_on]
         cut = self.cuts[self.pruned_so_far % len(self.cuts)]
         self.pruned_so_far += 1
-        low, high = self.ratios[0], self.most.get(cut, self.ratios[1])
-        ratio = high if most else low + (high - low) * chances[0]
-        return Drawn("pruned", cut, ratio, clean if most or chances[1] < RECALIBRATED else None)
+        ratio = low + (high - low) * chances[0]
+        return Drawn("pruned", cut, ratio, clean if chances[1] < RECALIBRATED else None)
+
+    @torch.no_grad()
+    def working(self, model: nn.Module, inputs: Tensor) -> Drawn:
+        """The largest share whose loss leaves `model` half of its answers.
+
+        What waits for pruning is wide awake there; in a ruin any perturbation succeeds.
+        """
+        answers, drawn = model(inputs).argmax(1), replace(self.pruned(), ratio=self.ratios[1])
+        while drawn.ratio > 0.01:
+            if float((self.view(model, drawn)(inputs).argmax(1) == answers).float().mean()) >= 0.5:
+                break
+            drawn = replace(drawn, ratio=0.8 * drawn.ratio)
+        return drawn
 
     def view(self, model: nn.Module, drawn: Drawn) -> View:
         """`model` under that compression."""

@@ -73,9 +73,7 @@ class LmrPlus(Purifier):
     memory: int = Field(24, ge=1, description="perturbations remembered of each family")
     views: Pair = Field((0.7, 0.3), description="odds of full precision and int8, one of them at every step")
     pruned: bool = Field(True, description="a pruned view at every step too, and in every second search")
-    prune_ratio: Pair = Field(
-        (0.0, 0.9), description="share that a pruned view cuts, as far as the original keeps half its answers"
-    )
+    prune_ratio: Pair = Field((0.0, 0.9), description="share of channels or weights that a pruned view cuts")
     augment: Augment = Field("auto", description="crop and flip; auto: images of at least 24 pixels a side")
     flip: bool = Field(True, description="mirror images; false where mirroring changes the label (digits)")
 
@@ -122,7 +120,7 @@ class _Run:
             knobs.views, knobs.prune_ratio, head, followers, fit, 2 * knobs.batch_size, generator
         )
         if knobs.pruned:
-            self.draws.bounded_by(self.teacher, self.others[:128])
+            self.draws.only_followable(model)
         self.families = [f for f in knobs.families if _inversion.applicable(f, self.others)] or ["l2"]
         self.budget = Budget(knobs.patch_area, knobs.l2_rms, knobs.linf, knobs.warp_reach, knobs.blend)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=knobs.lr)
@@ -156,7 +154,7 @@ class _Run:
         knobs = self.knobs
         self.searches += 1
         pruned = knobs.pruned and self.searches % 2 == 0
-        drawn = self.draws.pruned(most=True) if pruned else self.draws.plain()
+        drawn = self.draws.working(self.teacher, self.others[:128]) if pruned else self.draws.plain()
         view, original = self.draws.view(self.model, drawn), self.draws.view(self.teacher, drawn)
         triggers = _inversion.universal(
             [view, original] if knobs.shared else [view],
