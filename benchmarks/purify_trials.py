@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from benchmarks import datasets, networks
 from secure_export import registry
 from secure_export.purifiers import Purifier, _inversion, _views
-from secure_export.purifiers._inversion import Found
+from secure_export.purifiers._inversion import Triggers
 from secure_export.purifiers._views import View
 from secure_export.records.memory import Split
 from secure_export.triggers import Trigger
@@ -110,7 +110,7 @@ class Judge:
         views = list(settings(original.requires_grad_(False)).values())
         self.original = {(f, n): self.invert(v, f) for f in ("patch", "l2") for n, v in enumerate(views)}
 
-    def invert(self, view: View, family: Any, start: Found | None = None, seed: int = SEED) -> Found:
+    def invert(self, view: View, family: Any, start: Triggers | None = None, seed: int = SEED) -> Triggers:
         """Four triggers of this judge's budget into the class."""
         return _inversion.universal(
             [view],
@@ -145,7 +145,7 @@ class Judge:
         found["warm_patch"] = self.success(view, warm)
         return found
 
-    def success(self, view: View, triggers: Found) -> float:
+    def success(self, view: View, triggers: Triggers) -> float:
         """Success of the best trigger, in percent."""
         rates = _inversion.success(view, self.judged, self.target, triggers)
         return round(100 * float(rates.max()), 2)

@@ -36,7 +36,7 @@ INT8 = {
 PRUNED: dict[str, ModuleStep] = {
     **{f"mask-{r}": PruneChannelMask(ratio=r, recalibrate=False) for r in (0.3, 0.5, 0.7, 0.9)},
     **{f"mask-recalibrated-{r}": PruneChannelMask(ratio=r) for r in (0.3, 0.5, 0.7)},
-    **{f"structured-{r}": PruneStructured(ratio=r) for r in (0.3, 0.5, 0.7, 0.9)},
+    **{f"structured-{r}": PruneStructured(ratio=r) for r in (0.3, 0.5, 0.7)},
     **{f"structured-own-{r}": PruneStructured(ratio=r, importance="own-l1") for r in (0.3, 0.5, 0.7)},
 }
 NAMES = (FP32, *INT8, *PRUNED)

@@ -16,10 +16,9 @@ from torch.func import functional_call
 
 from secure_export import digests
 from secure_export.lane import Bench, at_the_head, made, through_settings
-from secure_export.perturbations import Perturbation
 from secure_export.policy import Policy, TriggerSpec, judge
 from secure_export.purifiers import _inversion, _views
-from secure_export.purifiers._inversion import Family, Logits
+from secure_export.purifiers._inversion import Family, Logits, Triggers
 from secure_export.records.measured import SettingResult, Verdict
 from secure_export.records.memory import Split, Subject
 from secure_export.records.reported import Evidence, Purification, Report, ReportedSetting, SubjectInfo
@@ -44,7 +43,7 @@ class Searched(Trigger):
     def __call__(self, inputs: Tensor) -> Tensor:
         """`inputs` with the perturbation, in [0, 1]."""
         which = torch.zeros(len(inputs), dtype=torch.long)
-        return Perturbation(self.keep, self.add).stamp(inputs, which)
+        return Triggers(self.keep, self.add).stamp(inputs, which)
 
 
 @dataclass(frozen=True)
@@ -140,8 +139,7 @@ def search(logits: Logits, fit: Split, target: int, family: Family, size: float,
         generator=torch.Generator().manual_seed(seed),
     )
     best = int(_inversion.success(logits, others, target, found).argmax())
-    chosen = found.rows(slice(best, best + 1)).perturbation()
-    return Searched(keep=chosen.keep, add=chosen.add)
+    return Searched(keep=found.keep[best : best + 1], add=found.add[best : best + 1])
 
 
 def report(

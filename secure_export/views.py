@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,6 @@ def gradients(of: str) -> Iterator[None]:
     except (NotImplementedError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CompressError(f"{of}, and the twin gives no gradient: {reason}") from error
-
-
-def reduced() -> AbstractContextManager[object]:
-    """bfloat16 where the processor has fast arithmetic of it: a gradient's direction needs no more."""
-    fast = "AVX512" in torch.backends.cpu.get_cpu_capability()
-    return torch.autocast("cpu", torch.bfloat16) if fast else nullcontext()
 
 
 def of_module(model: nn.Module, head: str, setting: str) -> View:

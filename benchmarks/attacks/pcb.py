@@ -22,7 +22,7 @@ from benchmarks.attacks._poison import Apply
 from benchmarks.datasets import Images, augment, batch, normalize, to_unit
 from benchmarks.training import Stage, reduced, train
 from secure_export import heads
-from secure_export.pruning import without, zeroed
+from secure_export.compressors.prune_structured import pruner
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def branch(
     turn = step % 4
     if turn < 2:
         return masked(model, ratio), turn == 1
-    return zeroed(model, head, example, ratio, "group-l1" if turn == 2 else "own-l1"), True
+    return removed(model, head, example, ratio, "group-l1" if turn == 2 else "own-l1"), True
 
 
 def masked(model: nn.Module, ratio: float) -> dict[str, Tensor]:
@@ -95,6 +95,32 @@ def masked(model: nn.Module, ratio: float) -> dict[str, Tensor]:
                 layer.weight, norms.argsort(stable=True)[: int(ratio * len(norms) + 1e-9)]
             )
     return weights
+
+
+def removed(model: nn.Module, head: str, example: Tensor, ratio: float, importance: str) -> dict[str, Tensor]:
+    """Parameters with the channels at zero that torch-pruning would remove, by name.
+
+    A removed channel takes its BatchNorm scale and shift along; what reads it then reads zeros.
+    """
+    names = {layer: name for name, layer in model.named_modules()}
+    weights = {}
+    for group in pruner(model, head, example, ratio, importance).step(interactive=True):
+        for dependency, channels in group:
+            layer = dependency.target.module
+            if (
+                isinstance(layer, nn.Conv2d | nn.BatchNorm2d)
+                and "out_channels" in dependency.handler.__name__
+            ):
+                for kind, values in layer.named_parameters():
+                    weights[f"{names[layer]}.{kind}"] = without(values, torch.tensor(channels))
+    return weights
+
+
+def without(values: Tensor, channels: Tensor) -> Tensor:
+    """`values` [n, ...] with zeros at `channels`."""
+    keep = torch.ones(len(values), device=values.device)
+    keep[channels.to(values.device)] = 0
+    return values * keep.view(-1, *[1] * (values.dim() - 1))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
@@ -14,7 +14,6 @@ from secure_export import channels
 from secure_export.compressors import Context, ModuleStep
 from secure_export.compressors._layers import recalibrate_batchnorm, weighted_layers
 from secure_export.errors import CompressError, LoadError
-from secure_export.pruning import UNFOLLOWABLE, Importance, pruner
 from secure_export.records.measured import Change
 
 if TYPE_CHECKING:
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
 
 History = list[tuple[str, bool, list[int]]]
 """torch-pruning's: layer, whether its outputs were cut, and which."""
+UNFOLLOWABLE = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""What torch-pruning raises on a graph whose dependencies it misreads; it has no exception of its own."""
 
 
 class PruneStructured(ModuleStep):
@@ -32,7 +33,7 @@ class PruneStructured(ModuleStep):
     """
 
     ratio: float = Field(0.5, gt=0, lt=1, description="share of the channels to remove")
-    importance: Importance = Field(
+    importance: Literal["group-l1", "own-l1"] = Field(
         "group-l1", description="group-l1: all weights that read or write the channel; own-l1: its own filter"
     )
     global_pruning: bool = Field(False, description="rank channels over all layers instead of within each")
@@ -82,13 +83,7 @@ def widths(model: nn.Module, head: str) -> dict[str, int]:
 
 
 def prune(
-    model: nn.Module,
-    head: str,
-    example: Tensor,
-    *,
-    ratio: float,
-    importance: Importance,
-    global_pruning: bool,
+    model: nn.Module, head: str, example: Tensor, *, ratio: float, importance: str, global_pruning: bool
 ) -> History:
     """Remove channels from `model` in place; `example` is one raw input [1, ...]. What was cut, in order.
 
@@ -110,6 +105,26 @@ def prune(
     channels.mend_attentions(model)
     found: History = made.pruning_history()
     return found
+
+
+def pruner(
+    model: nn.Module, head: str, example: Tensor, ratio: float, importance: str, global_pruning: bool = False
+) -> Any:
+    """torch-pruning's own pruner; its `step()` removes the channels, `step(interactive=True)` lists them."""
+    import torch_pruning as tp  # 13 s
+
+    own = importance == "own-l1"
+    return tp.pruner.BasePruner(
+        model,
+        example,
+        importance=tp.importance.MagnitudeImportance(
+            p=1, group_reduction="first" if own else "mean", normalizer=None if own else "mean"
+        ),
+        global_pruning=global_pruning,
+        pruning_ratio=ratio,
+        ignored_layers=[model.get_submodule(head)],
+        num_heads={attention.qkv: attention.num_heads for attention in channels.attentions(model)},
+    )
 
 
 def kept(whole: nn.Module, history: History, example: Tensor) -> channels.Plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,6 @@ from secure_export.perturbations import Perturbation
 from secure_export.probes import Free, Logits, Probe
 from secure_export.records.measured import Count, Paired
 from secure_export.records.memory import Progress, Split, silent
-from secure_export.views import reduced
 
 MOST_ROWS = 512
 """Perturbed samples in one batch; more classes than fit are searched one group after another."""
@@ -117,6 +117,12 @@ def _group(
         steps=done,
         forwards=forwards + len(judged) * (len(targets) + 1),
     )
+
+
+def reduced() -> AbstractContextManager[object]:
+    """bfloat16 where the processor has fast arithmetic of it: a gradient's direction needs no more."""
+    fast = "AVX512" in torch.backends.cpu.get_cpu_capability()
+    return torch.autocast("cpu", torch.bfloat16) if fast else nullcontext()
 
 
 def _ones(shape: torch.Size) -> list[int]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from secure_export import pruning
 from secure_export.purifiers import _views
 from secure_export.purifiers._views import View
 
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from secure_export.records.memory import Split
 
 Kind = Literal["full", "int8", "pruned"]
-Cut = Literal["filters", "group-l1", "own-l1", "weights"]
 RECALIBRATED = 0.75
 """Share of pruned views with new BatchNorm statistics: most deployers recalibrate, some do not."""
 
@@ -28,19 +26,19 @@ class Drawn:
     """A compression with all its chances taken, so that two models can be seen under the same."""
 
     kind: Kind
-    cut: Cut = "weights"
-    """What a pruned view cuts: masked filters, channels as torch-pruning takes them, or single weights."""
-    ratio: float = 0.0
-    clean: Tensor | None = None
+    channels: bool
+    """Whether whole channels are cut, or single weights."""
+    ratio: float
+    clean: Tensor | None
     """Indices into fit of the samples that give new BatchNorm statistics; None: the old ones stay."""
 
 
 class Draws:
-    """`odds` of full precision and int8 among plain views; `ratios` bound the share that is cut."""
+    """`odds` of full precision, int8 and pruned; `ratios` bound the share that is cut."""
 
     def __init__(
         self,
-        odds: tuple[float, float],
+        odds: tuple[float, float, float],
         ratios: tuple[float, float],
         head: str,
         followers: Mapping[str, str],
@@ -50,42 +48,29 @@ class Draws:
     ) -> None:
         self.odds, self.ratios, self.head, self.followers = torch.tensor(odds), ratios, head, followers
         self.fit, self.recalibrated_on, self.generator = fit, recalibrated_on, generator
-        self.example = fit.floats(slice(0, 1))
-        self.cuts: tuple[Cut, ...] = get_args(Cut)
-        self.pruned_so_far = 0
 
-    def only_followable(self, model: nn.Module) -> None:
-        """Draw no removal of channels where torch-pruning cannot follow `model`."""
-        try:
-            pruning.removed(model, self.head, self.example, 0.5, "own-l1")
-        except pruning.UNFOLLOWABLE:
-            self.cuts = ("filters", "weights")
-
-    def plain(self) -> Drawn:
-        """Nothing is cut."""
-        return Drawn("int8" if int(torch.multinomial(self.odds, 1, generator=self.generator)) else "full")
-
-    def pruned(self) -> Drawn:
-        """A share is cut, in turn by every way of cutting."""
+    def draw(self) -> Drawn:
+        """One of the compressions."""
+        kinds: tuple[Kind, ...] = ("full", "int8", "pruned")
+        kind = kinds[int(torch.multinomial(self.odds, 1, generator=self.generator))]
         low, high = self.ratios
-        chances = torch.rand(2, generator=self.generator).tolist()
+        chances = torch.rand(3, generator=self.generator).tolist()
         clean = torch.randperm(len(self.fit), generator=self.generator)[: self.recalibrated_on]
-        cut = self.cuts[self.pruned_so_far % len(self.cuts)]
-        self.pruned_so_far += 1
-        ratio = low + (high - low) * chances[0]
-        return Drawn("pruned", cut, ratio, clean if chances[1] < RECALIBRATED else None)
+        return Drawn(
+            kind,
+            channels=chances[0] < 0.5,
+            ratio=low + (high - low) * chances[1],
+            clean=clean if chances[2] < RECALIBRATED else None,
+        )
 
     @torch.no_grad()
     def working(self, model: nn.Module, inputs: Tensor) -> Drawn:
-        """The largest share whose loss leaves `model` half of its answers.
-
-        What waits for pruning is wide awake there; in a ruin any perturbation succeeds.
-        """
-        answers, drawn = model(inputs).argmax(1), replace(self.pruned(), ratio=self.ratios[1])
-        while drawn.ratio > 0.01:
+        """A compression that leaves `model` half of its answers: in a ruin any perturbation succeeds."""
+        drawn, answers = self.draw(), model(inputs).argmax(1)
+        while drawn.kind == "pruned" and drawn.ratio > 0.01:
             if float((self.view(model, drawn)(inputs).argmax(1) == answers).float().mean()) >= 0.5:
                 break
-            drawn = replace(drawn, ratio=0.8 * drawn.ratio)
+            drawn = replace(drawn, ratio=drawn.ratio / 2)
         return drawn
 
     def view(self, model: nn.Module, drawn: Drawn) -> View:
@@ -94,12 +79,10 @@ class Draws:
             return View(model, {})
         if drawn.kind == "int8":
             return View(model, _views.int8_weights(model))
-        if drawn.cut == "filters":
+        if drawn.channels:
             weights = _views.masked_weights(model, drawn.ratio, self.followers, self.head)
-        elif drawn.cut == "weights":
-            weights = _views.sparse_weights(model, drawn.ratio, self.head)
         else:
-            weights = pruning.zeroed(model, self.head, self.example, drawn.ratio, drawn.cut)
+            weights = _views.sparse_weights(model, drawn.ratio, self.head)
         if drawn.clean is None:
             return View(model, weights)
         return View(model, weights, _views.calibrated_buffers(model, weights, self.fit.floats(drawn.clean)))

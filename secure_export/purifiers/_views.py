@@ -9,8 +9,6 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from secure_export import views
-
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
@@ -155,6 +153,8 @@ class View:
         self.model, self.replaced = model, {**(buffers or {}), **weights}
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        with views.reduced():
-            logits: Tensor = functional_call(self.model, self.replaced, (inputs,))
-        return logits.float()
+        if not self.replaced:
+            logits: Tensor = self.model(inputs)
+            return logits
+        logits = functional_call(self.model, self.replaced, (inputs,))
+        return logits
