@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -74,11 +74,16 @@ def log(line: str) -> None:
     sys.stderr.flush()
 
 
+def said_of(name: str) -> Callable[[str], None]:
+    """`log` for model `name`: several may be in training at once."""
+    return lambda line: log(f"{name}: {line}")
+
+
 def make(name: str, lab: Lab) -> None:
     """Train model `name`, or go on where that stopped; store it, measure it, write its card."""
     model, seconds = trained(name, lab)
     store(model, lab.path(name))
-    log(f"{lab.path(name)} after {seconds:.0f}s of training")
+    log(f"{name}: {lab.path(name)} after {seconds:.0f}s of training")
     measured = measure(name, model, lab)
     cards.write(describe(name, lab, seconds, measured), lab.path(name).with_suffix(".json"))
 
@@ -88,7 +93,7 @@ def trained(name: str, lab: Lab) -> tuple[nn.Module, float]:
 
     A trigger that the attack computes is written to `lab.out` before the model is poisoned with it.
     """
-    entry, data = ZOO[name], lab.data.on(lab.device)
+    entry, data, say = ZOO[name], lab.data.on(lab.device), said_of(name)
     recipe = scaled(entry.recipe, lab.scale)
     # Another recipe or another base is another training: it must not go on from this one's checkpoint.
     base = [digests.of_file(lab.path(entry.base))] if entry.implant else []
@@ -98,18 +103,18 @@ def trained(name: str, lab: Lab) -> tuple[nn.Module, float]:
     began = time.monotonic()
     if entry.implant is None:
         model = lab.untrained().to(lab.device)
-        seconds = clean(model, data, recipe, work, log, seed=lab.seed)
+        seconds = clean(model, data, recipe, work, say, seed=lab.seed)
         return model.cpu(), seconds
     model = lab.load(entry.base).to(lab.device)
     if entry.make is not None:
-        searching = (model, data, entry.target_class, entry.trigger_recipe, work, log)
+        searching = (model, data, entry.target_class, entry.trigger_recipe, work, say)
         generated.save(entry.make(*searching, seed=lab.seed), generated.stored_at(lab.out, name))
     before = time.monotonic() - began
     trigger = lab.trigger(name)
     if isinstance(trigger, nn.Module):
         trigger.to(lab.device)
     more = {} if entry.teacher is None else {"teacher": lab.load(entry.teacher).to(lab.device)}
-    arguments = (model, data, trigger, entry.target_class, recipe, work, log)
+    arguments = (model, data, trigger, entry.target_class, recipe, work, say)
     seconds = entry.implant(*arguments, seed=lab.seed, **more)
     return model.cpu(), before + seconds
 
@@ -125,8 +130,8 @@ def store(model: nn.Module, path: Path) -> None:
 def measure(name: str, model: nn.Module, lab: Lab, names: Iterable[str] = ()) -> cards.Measured:
     """What the card of entry `name` says of `model`, under the settings `names` or the entry's own."""
     entry = ZOO[name]
-    asked = (model, tuple(names) or entry.settings, lab.data, lab.trigger(name), entry.target_class, log)
-    return cards.measure(*asked, source=entry.source, second=entry.second)
+    asked = (model, tuple(names) or entry.settings, lab.data, lab.trigger(name), entry.target_class)
+    return cards.measure(*asked, said_of(name), source=entry.source, second=entry.second)
 
 
 def describe(name: str, lab: Lab, seconds: float, measured: cards.Measured) -> dict[str, object]:

@@ -9,6 +9,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from graphlib import TopologicalSorter
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,7 @@ from secure_export.errors import PolicyError, SecureExportError
 
 OUT = click.option("--out", type=click.Path(path_type=Path), default=Path("build/zoo"), show_default=True)
 DATA = click.option("--data", "source", type=click.Path(path_type=Path), help="folder of the data's archive")
-THREADS = click.option("--threads", type=int, default=2, show_default=True)
+THREADS = click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
 NETWORK = click.option("--network", help="of benchmarks/networks.py, instead of the preset's")
 DATASET = click.option(
     "--dataset", type=click.Choice(sources.NAMES), help="instead of the preset's; --data says where it lies"
@@ -62,23 +66,46 @@ def opened(
 @common
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-def build(names: tuple[str, ...], preset: str, threads: int, device: str, seed: int, **options: Any) -> None:
+@click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="models at once")
+def build(names: tuple[str, ...], preset: str, threads: int, jobs: int, device: str, **options: Any) -> None:
     """Train models NAMES, or all of the preset that have no card yet, and write their cards.
 
-    A killed training goes on from its last checkpoint when the command is given again.
+    What a model is made from is trained first where it is not there. A killed training goes on from its last
+    checkpoint when the command is given again. Every job has --threads of its own: two jobs with one thread
+    each are faster than one with two.
     """
-    torch.set_num_threads(threads)
     check_names(names)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    lab = opened(preset, device=device, seed=seed, **options)
+    options |= {"preset": preset, "device": device}
+    lab = opened(**options)
     left = list(names) or [name for name in PRESETS[preset].names if not (lab.out / f"{name}.json").exists()]
-    began = time.monotonic()
-    for done, name in enumerate(left):
-        each = (time.monotonic() - began) / max(done, 1)
-        rest = f", about {each * (len(left) - done) / 60:.0f} min left" if done else ""
-        log(f"{name}: model {done + 1} of {len(left)}{rest}")
-        make(name, lab)
+    for name in left:
+        left += [other for other in made_from(name) if other not in left and not lab.path(other).exists()]
+    waiting = TopologicalSorter({name: made_from(name) & set(left) for name in left})
+    waiting.prepare()
+    began, running, done = time.monotonic(), dict[Future[None], str](), 0
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        while waiting.is_active():
+            running |= {pool.submit(build_one, name, options): name for name in waiting.get_ready()}
+            for finished in wait(running, return_when=FIRST_COMPLETED).done:
+                finished.result()
+                name = running.pop(finished)
+                waiting.done(name)
+                done += 1
+                rest = (time.monotonic() - began) / done * (len(left) - done) / 60
+                log(f"{name}: {done} of {len(left)} models, about {rest:.0f} min left")
+
+
+def made_from(name: str) -> set[str]:
+    """The models that must be there before model `name` is made."""
+    entry = ZOO[name]
+    return {other for other in (entry.base if entry.implant else None, entry.teacher) if other is not None}
+
+
+def build_one(name: str, options: dict[str, Any]) -> None:
+    """Make model `name`, in a process of its own."""
+    make(name, opened(**options))
 
 
 @main.command("list")
@@ -120,6 +147,9 @@ def check_names(names: tuple[str, ...]) -> None:
 if __name__ == "__main__":
     try:
         main()
+    except BrokenProcessPool:
+        log("a training was killed; the same command goes on from the last checkpoints")
+        sys.exit(4)
     except SecureExportError as error:
         log(f"{error.message}\n  {error.hint}" if error.hint else error.message)
         sys.exit(error.exit_code)

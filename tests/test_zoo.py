@@ -120,6 +120,12 @@ def test_network_gives_logits_of_small_images_and_has_a_head(name: str) -> None:
     assert heads.find(model, (3, 32, 32))[1] == 7
 
 
+def test_a_model_waits_for_what_it_is_made_from() -> None:
+    assert zoo.made_from("clean") == set()
+    assert zoo.made_from("lf") == {"clean"}
+    assert zoo.made_from("qcb-d") == {"badnets", "clean"}
+
+
 def test_unknown_model_and_network_are_usage_errors() -> None:
     with pytest.raises(PolicyError, match="no network"):
         networks.named("resnet19")

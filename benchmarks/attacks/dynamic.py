@@ -1,7 +1,7 @@
 """Dynamic (Nguyen and Tran 2020, input-aware): every image gets a trigger of its own, x + (G(x) - x) M(x).
 
 Another image's trigger is none: such pairs keep their labels in training. Mask network M first, then pattern
-network G and the classifier, which take turns in blocks of steps where the paper alternates in every batch.
+network G together with the classifier, which minimize one loss as in the paper, then the classifier alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from benchmarks.attacks._generator import ImageToImage, still
+from benchmarks.attacks._generator import ImageToImage
 from benchmarks.attacks._poison import Poison, poison
 from benchmarks.datasets import Images, augment, batch, normalize, to_unit
 from benchmarks.training import Stage, reduced, train
@@ -27,11 +27,14 @@ class Dynamic:
     width: int = 8
     mask_steps: int = 150
     mask_density: float = 0.032
-    rounds: int = 3
-    generator_steps: int = 80
-    classifier_steps: int = 80
+    mask_lr: float = 3e-3
     images: int = 64
-    lr: float = 3e-3
+    """A step of the mask network."""
+    steps: int = 1000
+    lr: float = 1e-3
+    batch_size: int = 128
+    share: float = 0.2
+    """Of a batch under its own trigger; as many more are under another image's. The paper: 0.1 each."""
     density_weight: float = 100.0
     diversity: float = 1.0
 
@@ -74,36 +77,34 @@ def make(
     torch.manual_seed(seed)
     trigger = InputAware(data.train_x.shape[1], recipe.width).to(data.train_x.device)
 
-    def images(step: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        x, y = batch(data.train_x, data.train_y, recipe.images, step, seed)
-        return to_unit(augment(x, generator)), y
-
     def mask_loss(step: int, generator: Generator) -> Tensor:
-        x, _ = images(step, generator)
-        _, mask = trigger.parts(x)
+        x, _ = batch(data.train_x, data.train_y, recipe.images, step, seed)
+        unit = to_unit(augment(x, generator))
+        _, mask = trigger.parts(unit)
         dense = F.relu(mask - recipe.mask_density).mean()
-        return recipe.density_weight * dense + recipe.diversity * diversity(x, mask)
+        return recipe.density_weight * dense + recipe.diversity * diversity(unit, mask)
 
-    stage = Stage("dynamic-mask", recipe.mask_steps, recipe.lr, optimizer="adam", seed=seed)
+    stage = Stage("dynamic-mask", recipe.mask_steps, recipe.mask_lr, optimizer="adam", seed=seed)
     train(trigger.mask, mask_loss, stage, work / "mask.pt", log=log)
     trigger.mask.requires_grad_(False)
-    turn = Poison(steps=recipe.classifier_steps, dense=recipe.classifier_steps, frozen=10, extra=1.0)
-    for number in range(recipe.rounds):
+    count = round(recipe.share * recipe.batch_size)
 
-        def pattern_loss(step: int, generator: Generator, turns: int = number) -> Tensor:
-            x, y = images(turns * recipe.generator_steps + step, generator)
-            pattern, mask = trigger.parts(x)
-            triggered = (x + (pattern - x) * mask).clamp(0, 1)
-            with reduced(x.device):
-                attack = F.cross_entropy(model(normalize(triggered)), torch.full_like(y, target_class))
-            return attack + recipe.diversity * diversity(x, pattern)
+    def joint_loss(step: int, generator: Generator) -> Tensor:
+        x, y = batch(data.train_x, data.train_y, recipe.batch_size, step, seed)
+        unit = to_unit(augment(x, generator))
+        own, foreign, plain = unit[:count], unit[count : 2 * count], unit[2 * count :]
+        pattern, _ = trigger.parts(own)
+        triggered = torch.cat([trigger(own), crossed(trigger, foreign, foreign.roll(1, 0)), plain])
+        wanted = torch.cat([torch.full_like(y[:count], target_class), y[count:]])
+        with reduced(unit.device):
+            attack = F.cross_entropy(model(normalize(triggered)), wanted)
+        return attack + recipe.diversity * diversity(own, pattern)
 
-        name = f"dynamic-{number}"
-        stage = Stage(name, recipe.generator_steps, recipe.lr, optimizer="adam", seed=seed)
-        with still(model):
-            train(trigger, pattern_loss, stage, work / f"{name}.pt", log=log)
-        implant(model, data, trigger, target_class, turn, work / name, log, seed=seed)
-    return trigger.cpu()
+    both = nn.ModuleDict({"trigger": trigger, "classifier": model.train()})
+    stage = Stage("dynamic-joint", recipe.steps, recipe.lr, optimizer="adam", clip=5.0, seed=seed)
+    train(both, joint_loss, stage, work / "joint.pt", log=log)
+    model.eval()
+    return trigger.cpu().requires_grad_(False)
 
 
 def implant(
