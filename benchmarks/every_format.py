@@ -55,7 +55,7 @@ def main(network: str, data: Path, only: tuple[str, ...], out: Path | None, tabl
         given = sleeping.samples(data, HOLDOUT, folder)
         found = judged(folder, network, given, out or folder / "run")
     content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"seed": 0, "networks": {}}
-    content["networks"][network] = found
+    content["networks"][" ".join([network, *only])] = found
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
     click.echo(drawn(content))
 
@@ -136,7 +136,7 @@ def drawn(content: Mapping[str, Any]) -> str:
     """The stored results as Markdown."""
     lines = []
     for network, found in content["networks"].items():
-        lines += [f"{network}: {found['outcome']} (exit {found['exit']})", ""]
+        lines += ["", f"{network}: {found['outcome']} (exit {found['exit']})", ""]
         lines += ["| setting | agreement | MB | what the verdict says |", "|---|---|---|---|"]
         for name, counts in found["settings"].items():
             if "unmeasured" in counts:

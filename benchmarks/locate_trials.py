@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ SETTINGS = "fp32,int8,int8-per-tensor,prune@0.5,prune-mask@0.3"
 @click.argument("models", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--policy", "policy_path", default="policies/strict.yaml", type=click.Path(path_type=Path))
 @click.option("--settings", default=SETTINGS, show_default=True, help="of the policy")
+@click.option("--only", multiple=True, help="locators; default: all of them")
 @click.option("--test", default=2000, show_default=True, help="test samples that say what is awake")
 @click.option("--cache", default="build/data", type=click.Path(path_type=Path))
 @click.option("--folder", default="build/locate", type=click.Path(path_type=Path))
@@ -46,6 +47,7 @@ def main(
     models: tuple[Path, ...],
     policy_path: Path,
     settings: str,
+    only: tuple[str, ...],
     test: int,
     cache: Path,
     folder: Path,
@@ -54,7 +56,7 @@ def main(
     """Run every locator on the models whose cards are MODELS, and on their files."""
     torch.set_num_threads(1)
     policy = load_policy(policy_path)
-    locate = every_locator(policy)
+    locate = every_locator(policy, only)
     chosen = [s for s in policy.expanded_settings() if s.name in settings.split(",")]
     found = json.loads(out.read_text()) if out.is_file() else {"models": {}}
     loaded: dict[str, datasets.Images] = {}
@@ -64,7 +66,7 @@ def main(
         asked = {"sha256": card["sha256"], "settings": [s.name for s in chosen], "test": test}
         asked["locators"] = list(locate.methods)
         known = found["models"].get(name, {})
-        if all(known.get(key) == value for key, value in asked.items()):
+        if covers(known, asked):
             continue
         dataset = card.get("dataset", "cifar10")
         if dataset not in loaded:
@@ -79,11 +81,22 @@ def main(
         click.echo(f"{name} ({seconds:.0f} s)", err=True)
 
 
-def every_locator(policy: Policy) -> Locate:
-    """The policy's locators with its parameters, and all others with their defaults."""
+def covers(known: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+    """Whether the stored trial `known` answers all that is asked, and perhaps more."""
+    return all(
+        all(part in known.get(key, ()) for part in value)
+        if isinstance(value, list)
+        else known.get(key) == value
+        for key, value in asked.items()
+    )
+
+
+def every_locator(policy: Policy, only: Sequence[str] = ()) -> Locate:
+    """The policy's locators with its parameters, and all others with their defaults; or those of `only`."""
     named = {method["kind"] for method in policy.locate.methods}
     others = tuple({"kind": kind} for kind in registry.names("locators") if kind not in named)
-    return policy.locate.model_copy(update={"methods": (*policy.locate.methods, *others)})
+    methods = tuple(m for m in (*policy.locate.methods, *others) if not only or m["kind"] in only)
+    return policy.locate.model_copy(update={"methods": methods})
 
 
 def located(
