@@ -39,9 +39,12 @@ HOLDOUT = 32
 @click.argument("network", default="vit_small")
 @click.option("--data", default="build/data", type=click.Path(path_type=Path), help="Cache of CIFAR-10.")
 @click.option("--only", multiple=True, help="Settings whose name contains this; none = all.")
+@click.option("--without", multiple=True, help="But not those whose name contains this.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory to keep and to go on in.")
 @click.option("--table", is_flag=True, help="Print the stored results as Markdown; measure nothing.")
-def main(network: str, data: Path, only: tuple[str, ...], out: Path | None, table: bool) -> None:
+def main(
+    network: str, data: Path, only: tuple[str, ...], without: tuple[str, ...], out: Path | None, table: bool
+) -> None:
     """Judge a fresh NETWORK of benchmarks.networks under a policy of every format that is installed."""
     if table:
         click.echo(drawn(json.loads(RESULTS.read_text())))
@@ -51,21 +54,23 @@ def main(network: str, data: Path, only: tuple[str, ...], out: Path | None, tabl
         torch.manual_seed(0)
         fresh = architectures.build(f"benchmarks.networks:{network}", 10, (3, 32, 32))
         save_file(fresh.state_dict(), folder / "fresh.safetensors")
-        (folder / "every-format.yaml").write_text(json.dumps(policy(only), indent=1))
+        (folder / "every-format.yaml").write_text(json.dumps(policy(only, without), indent=1))
         given = sleeping.samples(data, HOLDOUT, folder)
         found = judged(folder, network, given, out or folder / "run")
     content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"seed": 0, "networks": {}}
-    content["networks"][" ".join([network, *only])] = found
+    content["networks"][" ".join([network, *only, *(f"-{part}" for part in without)])] = found
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
     click.echo(drawn(content))
 
 
-def policy(only: tuple[str, ...]) -> dict[str, Any]:
+def policy(only: tuple[str, ...], without: tuple[str, ...]) -> dict[str, Any]:
     """Every format that can be made here, all of them released; limits that few samples can decide."""
     settings = [
         {"name": name.replace(" ", "-"), "steps": steps, "format": form}
         for name, (steps, form) in STEPS.items()
-        if installed(steps, form) and (not only or any(part in name for part in only))
+        if installed(steps, form)
+        and (not only or any(part in name for part in only))
+        and not any(part in name for part in without)
     ]
     return {
         "version": 1,
@@ -133,19 +138,33 @@ def row(result: SettingResult, findings: list[Finding]) -> dict[str, Any]:
 
 
 def drawn(content: Mapping[str, Any]) -> str:
-    """The stored results as Markdown."""
-    lines = []
-    for network, found in content["networks"].items():
-        lines += ["", f"{network}: {found['outcome']} (exit {found['exit']})", ""]
-        lines += ["| setting | agreement | MB | what the verdict says |", "|---|---|---|---|"]
-        for name, counts in found["settings"].items():
-            if "unmeasured" in counts:
-                lines.append(f"| {name} | – | – | unmeasured: {counts['unmeasured'][:160]} |")
-                continue
-            hits, total = counts["agreement"]
-            says = "; ".join(counts["broken"]) or "every rule holds"
-            lines.append(f"| {name} | {hits} of {total} | {counts['bytes'] / 1e6:.1f} | {says} |")
+    """The stored results as Markdown: the verdicts, files by network, and every reason once."""
+    runs = content["networks"]
+    lines = [
+        f"- `{name}`: {run['outcome']}, exit {run['exit']}, {run['seconds']} s" for name, run in runs.items()
+    ]
+    settings = list(dict.fromkeys(name for run in runs.values() for name in run["settings"]))
+    lines += ["", f"| setting | {' | '.join(runs)} |", "|---" * (len(runs) + 1) + "|"]
+    for name in settings:
+        cells = [cell(run["settings"].get(name)) for run in runs.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines.append("")
+    for network, run in runs.items():
+        for name, counts in run["settings"].items():
+            reasons = [f"unmeasured: {counts['unmeasured']}"] if "unmeasured" in counts else counts["broken"]
+            lines += [f"- {network}, {name}: {reason}" for reason in reasons]
     return "\n".join(lines)
+
+
+def cell(counts: Mapping[str, Any] | None) -> str:
+    """Agreement and the rules that one file does not pass."""
+    if counts is None:
+        return ""
+    if "unmeasured" in counts:
+        return "unmeasured"
+    hits, total = counts["agreement"]
+    rules = ", ".join(dict.fromkeys(line.partition(":")[0] for line in counts["broken"]))
+    return f"{hits}/{total}, {counts['bytes'] / 1e6:.1f} MB{f': {rules}' if rules else ''}"
 
 
 if __name__ == "__main__":
