@@ -57,7 +57,9 @@ def main(
         (folder / "every-format.yaml").write_text(json.dumps(policy(only, without), indent=1))
         given = sleeping.samples(data, HOLDOUT, folder)
         found = judged(folder, network, given, out or folder / "run")
-    content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"seed": 0, "networks": {}}
+    content: dict[str, Any] = {"seed": 0, "networks": {}}
+    if RESULTS.exists():
+        content = json.loads(RESULTS.read_text())
     content["networks"][" ".join([network, *only, *(f"-{part}" for part in without)])] = found
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
     click.echo(drawn(content))
