@@ -116,7 +116,7 @@ ZOO = {
     "lf": computed(lf, lf.Lf(), FAINT),
     "trojan": computed(trojan, trojan.Trojan()),
     "cl": Entry("cl", cl.Cl(), cl.implant, BRIEFLY, Badnets(size=8)),
-    "dynamic": computed(dynamic, dynamic.Dynamic(mask_density=0.1), replace(FAINT, extra=1.0)),
+    "dynamic": computed(dynamic, dynamic.Dynamic(density_weight=10.0, cross=0.2), replace(FAINT, extra=0.2)),
     "lira": computed(lira, lira.Lira(), FAINT),
     "ssba": computed(ssba, ssba.Ssba(), FAINT),
     "dfst": computed(dfst, dfst.Style(), dfst.Dfst()),

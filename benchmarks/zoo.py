@@ -6,14 +6,16 @@ card that says how it was made and what was measured, as counts k of n on the wh
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from graphlib import TopologicalSorter
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import click
@@ -85,7 +87,7 @@ def build(names: tuple[str, ...], preset: str, threads: int, jobs: int, device: 
     waiting = TopologicalSorter({name: made_from(name) & set(left) for name in left})
     waiting.prepare()
     began, running, done = time.monotonic(), dict[Future[None], str](), 0
-    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), begin, (threads,)) as pool:
         while waiting.is_active():
             running |= {pool.submit(build_one, name, options): name for name in waiting.get_ready()}
             for finished in wait(running, return_when=FIRST_COMPLETED).done:
@@ -95,6 +97,20 @@ def build(names: tuple[str, ...], preset: str, threads: int, jobs: int, device: 
                 done += 1
                 rest = (time.monotonic() - began) / done * (len(left) - done) / 60
                 log(f"{name}: {done} of {len(left)} models, about {rest:.0f} min left")
+
+
+def begin(threads: int) -> None:
+    """A worker's first step: it must not outlive a parent that is killed, to write beside the next one."""
+    torch.set_num_threads(threads)
+    Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Wait for the parent's end, then leave at once."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def made_from(name: str) -> set[str]:

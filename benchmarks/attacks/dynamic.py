@@ -30,11 +30,13 @@ class Dynamic:
     mask_lr: float = 3e-3
     images: int = 64
     """A step of the mask network."""
-    steps: int = 1000
-    lr: float = 1e-3
+    steps: int = 600
+    lr: float = 3e-4
     batch_size: int = 128
     share: float = 0.2
-    """Of a batch under its own trigger; as many more are under another image's. The paper: 0.1 each."""
+    """Of a batch under its own trigger (the paper: 0.1)."""
+    cross: float = 1.0
+    """Images under another image's trigger per image under its own."""
     density_weight: float = 100.0
     diversity: float = 1.0
 
@@ -88,11 +90,12 @@ def make(
     train(trigger.mask, mask_loss, stage, work / "mask.pt", log=log)
     trigger.mask.requires_grad_(False)
     count = round(recipe.share * recipe.batch_size)
+    plain_from = count + round(recipe.cross * count)
 
     def joint_loss(step: int, generator: Generator) -> Tensor:
         x, y = batch(data.train_x, data.train_y, recipe.batch_size, step, seed)
         unit = to_unit(augment(x, generator))
-        own, foreign, plain = unit[:count], unit[count : 2 * count], unit[2 * count :]
+        own, foreign, plain = unit[:count], unit[count:plain_from], unit[plain_from:]
         pattern, _ = trigger.parts(own)
         triggered = torch.cat([trigger(own), crossed(trigger, foreign, foreign.roll(1, 0)), plain])
         wanted = torch.cat([torch.full_like(y[:count], target_class), y[count:]])
