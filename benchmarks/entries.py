@@ -116,7 +116,9 @@ ZOO = {
     "lf": computed(lf, lf.Lf(), FAINT),
     "trojan": computed(trojan, trojan.Trojan()),
     "cl": Entry("cl", cl.Cl(), cl.implant, BRIEFLY, Badnets(size=8)),
-    "dynamic": computed(dynamic, dynamic.Dynamic(density_weight=10.0, cross=0.2), replace(FAINT, extra=0.2)),
+    "dynamic": computed(
+        dynamic, dynamic.Dynamic(density_weight=0.3, diversity=0.1, cross=0.2), replace(FAINT, extra=0.2)
+    ),
     "lira": computed(lira, lira.Lira(), FAINT),
     "ssba": computed(ssba, ssba.Ssba(), FAINT),
     "dfst": computed(dfst, dfst.Style(), dfst.Dfst()),

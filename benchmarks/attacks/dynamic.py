@@ -31,7 +31,7 @@ class Dynamic:
     images: int = 64
     """A step of the mask network."""
     steps: int = 600
-    lr: float = 3e-4
+    lr: float = 1e-3
     batch_size: int = 128
     share: float = 0.2
     """Of a batch under its own trigger (the paper: 0.1)."""

@@ -16,6 +16,9 @@ LINEAR = ("aten::linear", "aten::addmm", "aten::mm", "aten::conv2d", INTEGER)
 PASSED = ("aten::view", "aten::reshape", "aten::flatten", "aten::squeeze", "aten::to", "aten::mean")
 """What may stand between the head and the logits: it moves, converts or averages them, no more."""
 
+ROUNDED = ("quantized_decomposed::quantize_per_tensor", "quantized_decomposed::dequantize_per_tensor")
+"""What may round the logits; locators read them unrounded."""
+
 
 def split_at_head(program: GraphModule, file: str) -> tuple[GraphModule, Tensor, Tensor]:
     """(program that ends before the head, weight [K, D], bias [K]).
@@ -48,6 +51,14 @@ def split_at_head(program: GraphModule, file: str) -> tuple[GraphModule, Tensor,
     return _ending_at(program, data), matrix.contiguous(), vector
 
 
+def unrounded(program: GraphModule) -> GraphModule:
+    """The program up to where its logits are rounded."""
+    (node,) = program.graph.output_node().all_input_nodes
+    while _name(node) in ROUNDED:
+        node = node.all_input_nodes[0]
+    return _ending_at(program, node)
+
+
 def input_shape(program: GraphModule) -> tuple[int, ...]:
     """The shape of one input, without the batch axis."""
     (placeholder,) = (node for node in program.graph.nodes if node.op == "placeholder")
@@ -70,7 +81,7 @@ def _head(program: GraphModule, file: str) -> tuple[Node, list[tuple[str, object
             after.append((name, node.args[1]))
         elif name == "aten::sub" and dynamic and not depends(node.args[1]):
             pass
-        elif name not in PASSED:
+        elif name not in (*PASSED, *ROUNDED):
             raise CompressError(
                 f"cannot find the head of {file}: {name} stands between it and the logits",
                 hint="locators that read a file need a Linear or 1x1 Conv as its last layer",

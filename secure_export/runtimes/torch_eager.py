@@ -18,7 +18,7 @@ from secure_export.records.memory import Predictor, View
 from secure_export.runtimes import Runtime
 from secure_export.runtimes._checks import check_head, first_line, read
 from secure_export.runtimes._cpu import cpu
-from secure_export.runtimes._graph import input_shape, is_dynamic, split_at_head
+from secure_export.runtimes._graph import input_shape, is_dynamic, split_at_head, unrounded
 
 BATCH_SIZE = 256
 OURS = re.compile(
@@ -62,7 +62,7 @@ class TorchEager(Runtime):
             return values.flatten(2).mean(2) if values.ndim == 4 else values
 
         noise = torch.rand((8, *input_shape(whole)), generator=torch.Generator().manual_seed(0))
-        logits = from_module(whole, self.batch_size)(noise)
+        logits = from_module(unrounded(whole), self.batch_size)(noise)
         # Data rounded on the fly is off by up to 1/254 of its range.
         check_head(latents(noise) @ weight.T + bias, logits, 0.05 if is_dynamic(whole) else 1e-3, path.name)
         return View(setting, latents, weight, bias, twin=whole)
