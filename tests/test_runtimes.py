@@ -171,6 +171,32 @@ def test_quantized_programs_are_measured_from_their_files(step, tmp_path):
     assert change.changed == (8 if isinstance(step, TorchaoPt2eStaticInt8) else 1)
 
 
+class RoundedLogits(nn.Module):
+    """What XNNPACK's quantizer writes: the logits themselves go through int8."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Flatten(), nn.Linear(27, 4)
+
+    def forward(self, x):
+        import torchao.quantization.pt2e  # noqa: F401 - registers the operators
+
+        kept = torch.ops.quantized_decomposed
+        logits = self.head(self.body(x))
+        rounded = kept.quantize_per_tensor(logits, 0.01, 0, -128, 127, torch.int8)
+        return kept.dequantize_per_tensor(rounded, 0.01, 0, -128, 127, torch.int8)
+
+
+def test_head_behind_rounded_logits_of_a_program_is_read_unrounded(tmp_path):
+    torch.manual_seed(0)
+    model, inputs, path = RoundedLogits().eval(), torch.rand(5, 3, 3, 3), tmp_path / "model.pt2"
+    Pt2().write(model, inputs, path)
+    view = TorchEager().view(path, "x")
+    assert torch.equal(view.weight, model.head.weight)
+    off = (view.latents(inputs) @ view.weight.T + view.bias - model(inputs)).abs().max()
+    assert 1e-4 < off < 0.0051
+
+
 # ---- ONNX Runtime ----------------------------------------------------------------------------------------
 
 
