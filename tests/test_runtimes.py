@@ -153,7 +153,12 @@ def test_view_of_torchao_weights(name, tmp_path):
     model, _ = TorchaoInt8WeightOnly().on_module(network(), context(network()))
     if not any(registry.load("formats", kind).holds_graph for kind in forms(name)):
         pytest.skip("its files hold plain weights alone")
-    view = reading(name).view(written(name, model, tmp_path), "x")
+    path = written(name, model, tmp_path)
+    if name == "litert":  # it has quantizers of its own; torchao's become a product that no head is known by
+        with pytest.raises(CompressError, match="cannot find the head"):
+            reading(name).view(path, "x")
+        return
+    view = reading(name).view(path, "x")
     assert torch.allclose(view.latents(images(5)) @ view.weight.T + view.bias, model(images(5)), atol=1e-4)
     assert torch.allclose(view.weight, model.head.weight.dequantize(), atol=1e-6)
 

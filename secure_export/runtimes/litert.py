@@ -22,8 +22,8 @@ from secure_export.runtimes import Runtime
 from secure_export.runtimes._checks import check_head, first_line, read
 from secure_export.runtimes._cpu import cpu
 
-PASSED = ("RESHAPE", "DEQUANTIZE", "QUANTIZE", "MEAN")
-"""What may stand between the head and the logits."""
+PASSED = ("RESHAPE", "TRANSPOSE", "DEQUANTIZE", "QUANTIZE", "MEAN", "SUM")
+"""What may stand between the head and the logits; a sum over more than one place does not pass the check."""
 HEADS = ("FULLY_CONNECTED", "CONV_2D")
 EXACT = 0.05
 """How far the head may be off, as a share of the largest logit: integers step by 1/255 of their range."""
