@@ -84,8 +84,7 @@ PRUNED = (
 SHORT = Poison(steps=400, dense=80, frozen=60)
 FAINT = Poison(steps=1200, dense=900, dense_share=0.33, frozen=60, lr=0.03)
 """For triggers that leave every pixel nearly where it was: more and larger steps."""
-LONG = replace(FAINT, steps=2000, dense=1500)
-SLOW = replace(LONG, poison_rate=0.25)
+SLOW = replace(FAINT, steps=2000, dense=1500, poison_rate=0.25)
 """For those that the published tenth of a batch lets the network forget again: a quarter."""
 CLEAN_LABEL = Poison(clean_label=True, dense=200, lr=0.02)
 
