@@ -1,0 +1,79 @@
+"""What purifiers left of the zoo's backdoors, from stored trials: `python -m benchmarks.defences_table`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.defences import RESULTS
+from benchmarks.entries import ZOO
+
+COLUMNS = (
+    "model",
+    "ACC before",
+    "ACC after, fp32 / int8",
+    "ASR before",
+    "ASR after, fp32",
+    "ASR after, int8",
+    "without the trigger",
+    "CPU s",
+)
+
+
+@click.command()
+@click.option("--results", default=RESULTS, type=click.Path(exists=True, path_type=Path))
+@click.option("--zoo", default=Path("benchmarks/results/zoo.json"), type=click.Path(path_type=Path))
+def main(results: Path, zoo: Path) -> None:
+    """Print one table a recipe, of the trials on the zoo's present weights; before is of 10,000 images."""
+    present = {name: card["sha256"] for name, card in json.loads(zoo.read_text()).items()}
+    trials = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    trials = [trial for trial in trials if present.get(trial["model"]) == trial["sha256"]]
+    recipes: dict[str, list[Any]] = {}
+    for trial in trials:
+        recipes.setdefault(json.dumps(trial["recipe"]), []).append(trial)
+    for recipe, found in recipes.items():
+        click.echo("\n".join(["", heading(json.loads(recipe)), "", *table(found)]))
+
+
+def heading(recipe: Mapping[str, Any]) -> str:
+    """The purifier and its parameters."""
+    return f"`{json.dumps(recipe)}`:"
+
+
+def table(trials: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Markdown, a line a model in the zoo's order."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    order = list(ZOO)
+    for trial in sorted(trials, key=lambda trial: (order.index(trial["model"]), trial["seed"])):
+        after, before = trial["settings"], trial["before"]
+        awake = "int8-u8s8" if before["fp32"]["asr"][0] < before["int8-u8s8"]["asr"][0] / 2 else "fp32"
+        cells = [
+            f"`{trial['model']}`",
+            percent(before[awake]["acc"]),
+            f"{percent(after['fp32']['acc'])} / {percent(after['int8-u8s8']['acc'])}",
+            f"{percent(before[awake]['asr'])}{'' if awake == 'fp32' else ' (int8)'}",
+            counted(after["fp32"]["asr"]),
+            counted(after["int8-u8s8"]["asr"]),
+            percent(after["fp32"]["ftr"]),
+            f"{trial['cpu_seconds']:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def percent(count: Sequence[int]) -> str:
+    """k of n in percent."""
+    return f"{100 * count[0] / count[1]:.1f}"
+
+
+def counted(count: Sequence[int]) -> str:
+    """k of n, and in percent."""
+    return f"{count[0]}/{count[1]} ({percent(count)})"
+
+
+if __name__ == "__main__":
+    main()
