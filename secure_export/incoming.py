@@ -193,20 +193,24 @@ def measured(
     )
 
 
-def compared_with(wanted: SubjectSpec, classes: int, bench: Bench) -> Predictor | None:
-    """The model that the file is said to come from: another .onnx, or a checkpoint and its architecture.
+def compared_with(
+    wanted: SubjectSpec, classes: int, bench: Bench
+) -> tuple[Predictor | None, tuple[Artifact, ...]]:
+    """The model that the file is said to come from, and its file where that is another .onnx.
+
+    The other way to say it is a checkpoint and its architecture.
 
     Raises:
         PolicyError: a checkpoint without architecture. LoadError, CompressError: it cannot be used.
     """
     if wanted.model is None:
-        return None
+        return None, ()
     path = Path(wanted.model)
     if path.suffix == ".onnx":
         other = take(path, bench)
         if other.info.classes != classes:
             raise LoadError(f"{path.name} has {other.info.classes} classes, the artifact {classes}")
-        return other.predict
+        return other.predict, (replace(other.artifact, setting="compared with"),)
     if wanted.architecture is None:
         raise PolicyError(
             f"{path.name} needs an architecture", hint="give --arch, or the .onnx file of full precision"
@@ -220,4 +224,4 @@ def compared_with(wanted: SubjectSpec, classes: int, bench: Bench) -> Predictor 
         std=wanted.std,
         input_shape=tuple(bench.splits.holdout.inputs.shape[1:]),
     )
-    return from_module(subject.model)
+    return from_module(subject.model), ()

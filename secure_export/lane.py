@@ -169,16 +169,8 @@ def make(lined: Lined, setting: Setting, bench: Bench) -> Artifact:
     return bench.ledger.enter(artifact, *determined_by)
 
 
-def cost_table(
-    lined: Lined, results: Sequence[SettingResult], shipped: Sequence[str], bench: Bench
-) -> tuple[Cost, ...]:
-    """What each shipped file costs, after full precision as ONNX: all measured in this call, one by one."""
-    baseline = schema.Setting("fp32 ONNX", (), {"kind": "onnx"}, released=False)
-    try:
-        files = [make(lined, baseline, bench)]
-    except NoVerdict:
-        return ()  # nothing to compare with
-    files += [r.artifact for r in results if r.artifact is not None and r.setting in shipped]
+def cost_table(files: Sequence[Artifact], bench: Bench) -> tuple[Cost, ...]:
+    """What each file costs, the first being what the others are compared with: all measured in this call."""
     together = [file.sha256 for file in files]
     shape = tuple(bench.splits.calibration.inputs.shape[1:])
     found = []
@@ -190,6 +182,18 @@ def cost_table(
         found.append(replace(known, setting=file.setting))
     bench.progress("costs", len(files), len(files))
     return tuple(found)
+
+
+def beside_full_precision(
+    lined: Lined, results: Sequence[SettingResult], shipped: Sequence[str], bench: Bench
+) -> list[Artifact]:
+    """Full precision as ONNX and the shipped files; none where there is nothing to compare them with."""
+    baseline = schema.Setting("fp32 ONNX", (), {"kind": "onnx"}, released=False)
+    try:
+        first = make(lined, baseline, bench)
+    except NoVerdict:
+        return []
+    return [first, *(r.artifact for r in results if r.artifact is not None and r.setting in shipped)]
 
 
 def unrounded(lined: Lined, setting: Setting, bench: Bench) -> Path | None:

@@ -20,7 +20,14 @@ from secure_export import __version__, data, defence, digests, evidence, incomin
 from secure_export.environment import Clock, versions
 from secure_export.errors import LoadError, NoVerdict, PolicyError, ReleaseError
 from secure_export.factories import printable
-from secure_export.lane import Bench, at_the_head, cost_table, environment, through_settings
+from secure_export.lane import (
+    Bench,
+    at_the_head,
+    beside_full_precision,
+    cost_table,
+    environment,
+    through_settings,
+)
 from secure_export.ledger import Ledger
 from secure_export.policy import Policy, SubjectSpec, approve, check_plugins, judge
 from secure_export.records.measured import Finding, SettingResult, Suspect, Verdict
@@ -92,7 +99,8 @@ def whole_job(
         gathered = evidence.gather(policy, lanes, subject.classes, bench)
     with clock("costs"):
         shipped = [setting.name for setting in policy.expanded_settings() if setting.released]
-        spent = cost_table(purified, purifieds, shipped, bench) if policy.costs else ()
+        files = beside_full_precision(purified, purifieds, shipped, bench) if policy.costs else []
+        spent = cost_table(files, bench)
     info = described(subject, splits)
     done = defended.purification
     report = compose(policy, info, bench, suspects, done, originals, purifieds, clock.seconds)
@@ -113,7 +121,7 @@ def gate(
         with clock("load"):
             given = incoming.take(Path(policy.subject.artifact or ""), bench)
             data.check_labels(splits, given.info.classes)
-            against = incoming.compared_with(policy.subject, given.info.classes, bench)
+            against, whole = incoming.compared_with(policy.subject, given.info.classes, bench)
         with clock("original"):
             original, purified = incoming.measured(given, against, bench)
         with clock("locate"):
@@ -121,10 +129,13 @@ def gate(
         with clock("evidence"):
             lanes = (None, [original]), (None, [purified])
             gathered = evidence.gather(policy, lanes, given.info.classes, bench)
+    with clock("costs"):
+        spent = cost_table([*whole, given.artifact], bench) if policy.costs else ()
     report = compose(policy, given.info, bench, suspects, None, [original], [purified], clock.seconds)
     searched = evidence.described(report.evidence, gathered)
     unseen = "what the file does when somebody compresses it further: it was measured as it is"
-    return replace(report, evidence=replace(searched, not_shown=(*searched.not_shown, unseen))), [purified]
+    searched = replace(searched, not_shown=(*searched.not_shown, unseen))
+    return replace(report, costs=spent, evidence=searched), [purified]
 
 
 def load(policy: Policy, progress: Progress) -> tuple[Subject, Splits]:

@@ -48,6 +48,18 @@ def test_clean_file_is_released_as_the_same_bytes(gate: Gate) -> None:
     assert report.environment["onnxruntime.isolated"]
 
 
+@pytest.mark.parametrize("compared", [False, True])
+def test_costs_stand_beside_those_of_the_model_it_is_compared_with(gate: Gate, compared: bool) -> None:
+    gate.policy["costs"] = True
+    flags = ("--model", str(gate.file)) if compared else ()
+    assert gate.run(*flags).exit_code == 0
+    *before, cost = load_report(gate.out / "report.json").costs
+    assert [other.setting for other in before] == (["compared with"] if compared else [])
+    assert (cost.setting, cost.size, cost.why) == ("artifact", gate.file.stat().st_size, "")
+    assert cost.batch_1_ms
+    assert "## Costs" in (gate.out / "report.md").read_text()
+
+
 @pytest.mark.parametrize("quantized", [False, True])
 def test_backdoored_file_is_refused(gate: Gate, quantized: bool) -> None:
     """Awake in fp32; or asleep there and awake in the int8 file that another tool made of it."""

@@ -224,7 +224,7 @@ class Policy(Section):
     release: tuple[str, ...] = Field(min_length=1, description="names or globs of the settings that ship")
     triggers: tuple[TriggerSpec, ...] = Field(min_length=1)
     rules: tuple[Rule, ...] = Field(min_length=1)
-    costs: bool = Field(False, description="measure latency and memory of what ships, beside fp32 ONNX")
+    costs: bool = Field(False, description="measure latency and memory of what ships, beside full precision")
     evidence: EvidenceSpec | None = Field(
         None, description="search for a trigger that nobody named; null = only known triggers are tried"
     )

@@ -1,4 +1,7 @@
-"""The cost table: what each shipped file costs, as ratios to fp32 ONNX measured in the same run."""
+"""The cost table: what each shipped file costs, as ratios to the first row's, measured in the same run.
+
+The first is fp32 ONNX, or the file that another tool's is compared with, or that one alone.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ def _compared(shown: Callable[[Any], str], value: float | None, base: float | No
 def _slower(cost: Cost, base: Cost) -> str:
     pairs = {1: (cost.batch_1_ms, base.batch_1_ms), 64: (cost.batch_64_ms, base.batch_64_ms)}
     slow = [str(n) for n, (own, full) in pairs.items() if own is not None and full is not None and own > full]
-    return f"slower than fp32 ONNX here at batch {' and '.join(slow)}" if slow else ""
+    return f"slower than {base.setting} here at batch {' and '.join(slow)}" if slow else ""
 
 
 def _short(number: int) -> str:
