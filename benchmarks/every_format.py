@@ -140,19 +140,22 @@ def row(result: SettingResult, findings: list[Finding]) -> dict[str, Any]:
 
 
 def drawn(content: Mapping[str, Any]) -> str:
-    """The stored results as Markdown: the verdicts, files by network, and every reason once."""
-    runs = content["networks"]
+    """The stored results as Markdown: what became of each run, then files and reasons by network."""
     lines = [
-        f"- `{name}`: {run['outcome']}, exit {run['exit']}, {run['seconds']} s" for name, run in runs.items()
+        f"- `{name}`: {len(run['settings'])} files, {run['outcome']}, exit {run['exit']}, {run['seconds']} s"
+        for name, run in content["networks"].items()
     ]
-    settings = list(dict.fromkeys(name for run in runs.values() for name in run["settings"]))
-    lines += ["", f"| setting | {' | '.join(runs)} |", "|---" * (len(runs) + 1) + "|"]
+    files: dict[str, dict[str, Any]] = {}
+    for name, run in content["networks"].items():
+        known = files.setdefault(name.split()[0], {})
+        known |= {setting: counts for setting, counts in run["settings"].items() if setting not in known}
+    settings = list(dict.fromkeys(name for known in files.values() for name in known))
+    lines += ["", f"| setting | {' | '.join(files)} |", "|---" * (len(files) + 1) + "|"]
     for name in settings:
-        cells = [cell(run["settings"].get(name)) for run in runs.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {' | '.join(cell(known.get(name)) for known in files.values())} |")
     lines.append("")
-    for network, run in runs.items():
-        for name, counts in run["settings"].items():
+    for network, known in files.items():
+        for name, counts in known.items():
             reasons = [f"unmeasured: {counts['unmeasured']}"] if "unmeasured" in counts else counts["broken"]
             lines += [f"- {network}, {name}: {reason}" for reason in reasons]
     return "\n".join(lines)
