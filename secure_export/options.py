@@ -23,7 +23,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 
 def policy_option() -> Decorator:
     """--policy, shared by the commands that read one."""
-    text = "Policy file, or the name of a shipped one: strict, balanced, smoke."
+    text = "Policy file, or the name of a shipped one: strict, balanced, blind, smoke."
     return env("policy", "--policy", "-p", required=True, help=text)
 
 

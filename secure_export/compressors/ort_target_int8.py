@@ -25,7 +25,7 @@ RECIPES: dict[Target, OrtStaticInt8] = {
 
 
 class OrtTargetInt8(FileStep):
-    """Per channel, calibrated by MinMax. A file for another CPU is right here too, only not fast."""
+    """Per channel, calibrated by MinMax. On another CPU not fast, and `cpu-avx512-vnni` may saturate."""
 
     target: Target = Field("cpu-avx512-vnni", description="the CPU that will run the file")
     samples: int = Field(200, ge=1, description="calibration samples to use, or all where there are fewer")

@@ -29,7 +29,7 @@ class LatentShift(Locator):
     """
 
     quantile: float = Field(0.95, gt=0.5, le=1, description="share of samples that the shift carries into k")
-    min_score: float = Field(0.2, gt=0, description="naming a class takes this score; see docs/purifiers.md")
+    min_score: float = Field(0.2, gt=0, description="naming a class takes this score; see docs/locators.md")
     min_gap: float = Field(0.1, gt=0, description="and this log ratio of second smallest to smallest norm")
     min_agreement: float = Field(0.8, gt=0, le=1, description="and this share of bootstraps naming it too")
     bootstraps: int = Field(20, ge=1, description="resamples of the fit images")
