@@ -20,6 +20,7 @@ COLUMNS = (
     "ASR after, fp32",
     "ASR after, int8",
     "without the trigger",
+    "ASR elsewhere",
     "CPU s",
 )
 
@@ -59,10 +60,22 @@ def table(trials: Iterable[Mapping[str, Any]]) -> list[str]:
             counted(after["fp32"]["asr"]),
             counted(after["int8-u8s8"]["asr"]),
             percent(after["fp32"]["ftr"]),
+            elsewhere(after),
             f"{trial['cpu_seconds']:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def elsewhere(after: Mapping[str, Any]) -> str:
+    """Of a second backdoor, and of pruned settings: a row must not look cured for want of a column."""
+    found = [f"second trigger {percent(counts)}"] if (counts := after["fp32"].get("asr-second")) else []
+    found += [
+        f"{name} {percent(counts['asr'])}"
+        for name, counts in after.items()
+        if name not in ("fp32", "int8-u8s8")
+    ]
+    return ", ".join(found)
 
 
 def percent(count: Sequence[int]) -> str:
