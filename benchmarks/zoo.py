@@ -73,8 +73,7 @@ def build(names: tuple[str, ...], preset: str, threads: int, jobs: int, device: 
     """Train models NAMES, or all of the preset that have no card yet, and write their cards.
 
     What a model is made from is trained first where it is not there. A killed training goes on from its last
-    checkpoint when the command is given again. Every job has --threads of its own: two jobs with one thread
-    each are faster than one with two.
+    checkpoint when the command is given again. Every job has --threads of its own.
     """
     check_names(names)
     if device == "auto":
@@ -82,7 +81,7 @@ def build(names: tuple[str, ...], preset: str, threads: int, jobs: int, device: 
     options |= {"preset": preset, "device": device}
     lab = opened(**options)
     left = list(names) or [name for name in PRESETS[preset].names if not (lab.out / f"{name}.json").exists()]
-    for name in left:
+    for name in left:  # and what is added on the way
         left += [other for other in made_from(name) if other not in left and not lab.path(other).exists()]
     waiting = TopologicalSorter({name: made_from(name) & set(left) for name in left})
     waiting.prepare()

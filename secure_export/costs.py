@@ -24,14 +24,13 @@ from secure_export.records.measured import Artifact, Cost
 from secure_export.records.memory import Predictor
 from secure_export.runtimes import Options, _worker
 from secure_export.runtimes import runtime as runtime_of
+from secure_export.runtimes._isolated import GIGABYTE
+from secure_export.runtimes.onnxruntime import Onnxruntime
 
 BATCHES = (1, 64)
 SECONDS = 2.0
 """Spent on each batch size at least once warm, and on no more than MOST runs."""
 MOST, WARM = 100, 3
-GIGABYTE = 2**30
-GIGABYTES = 4.0
-"""Memory that a file of unknown origin may take."""
 PATIENCE = 300.0
 """Seconds after which a file is given up."""
 
@@ -60,16 +59,7 @@ def weights_and_macs(model: nn.Module, example: Tensor) -> tuple[int, int] | Non
 
 def measured(artifact: Artifact, shape: tuple[int, ...], options: Options) -> Cost:
     """Cost of `artifact` for inputs of `shape`, one thread; what cannot be measured is None, and says why."""
-    own = dict(options.get(artifact.runtime, {}))
-    # The child is isolated already; another process behind it would hide what the file takes.
-    gigabytes = own.get("gigabytes", GIGABYTES) if own.pop("isolated", False) else 0
-    asked = {
-        "kind": artifact.runtime,
-        "options": {**options, artifact.runtime: own},
-        "path": str(artifact.path),
-        "shape": shape,
-        "gigabytes": gigabytes,
-    }
+    asked = {"kind": artifact.runtime, "options": dict(options), "path": str(artifact.path), "shape": shape}
     try:
         found, why = _child(asked), ""
     except CompressError as error:
@@ -122,10 +112,15 @@ def main() -> None:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     try:
         runtime = runtime_of(asked["kind"], asked["options"])
+        bound = 0
+        if isinstance(runtime, Onnxruntime) and runtime.isolated:
+            # This process is apart already; another one behind it would hide what the file takes.
+            bound = int(runtime.gigabytes * GIGABYTE)
+            runtime = runtime.model_copy(update={"isolated": False})
         inputs = torch.rand((max(BATCHES), *asked["shape"]), generator=torch.Generator().manual_seed(0))
         before = _reset_peak()
-        if asked["gigabytes"]:
-            _worker.limit_memory(int(asked["gigabytes"] * GIGABYTE))
+        if bound:
+            _worker.limit_memory(bound)
         predict = runtime.open(Path(asked["path"]))
         found: dict[str, float | None] = {str(n): latency(predict, inputs[:n]) for n in BATCHES}
         peak = _status("VmHWM")
