@@ -56,7 +56,7 @@ class File:
 def files(results: Iterable[Mapping[str, Any]], known: Mapping[str, Any]) -> list[File]:
     """Every measured (model, setting) of the stored results."""
     return [
-        file(name, about, setting, row, known)
+        file(name, about, setting, row, known, stored["preset"])
         for stored in results
         for name, about in stored["models"].items()
         for setting, row in about["rows"].items()
@@ -65,10 +65,15 @@ def files(results: Iterable[Mapping[str, Any]], known: Mapping[str, Any]) -> lis
 
 
 def file(
-    name: str, about: Mapping[str, Any], setting: str, row: Mapping[str, Any], known: Mapping[str, Any]
+    name: str,
+    about: Mapping[str, Any],
+    setting: str,
+    row: Mapping[str, Any],
+    known: Mapping[str, Any],
+    preset: str,
 ) -> File:
     """One row with its flags."""
-    limits = next(one for one in known["limits"] if binds(one, name, setting))
+    limits = next(one for one in known["limits"] if binds(one, name, setting, preset))
     found = {
         probe: (one["lift"], one["class"]) for probe, one in row["probes"].items() if one["lift"] is not None
     }
@@ -95,9 +100,10 @@ def targets(about: Mapping[str, Any]) -> tuple[int, ...]:
     return (about["target_class"], *second)
 
 
-def binds(limits: Mapping[str, Any], model: str, setting: str) -> bool:
-    """Whether a set of limits is meant for this file."""
+def binds(limits: Mapping[str, Any], model: str, setting: str, preset: str) -> bool:
+    """Whether a set of limits is meant for this file and effort."""
     named = any(fnmatch(model, glob) for glob in limits.get("models", ["*"]))
+    named = named and preset == limits.get("preset", "fast")
     return named and any(fnmatch(setting, glob) for glob in limits["settings"])
 
 
@@ -174,7 +180,7 @@ def summary(found: Sequence[File]) -> Iterable[str]:
 @click.argument("results", nargs=-1, type=click.Path(exists=True, path_type=Path))
 @click.option("--models", default=HERE / "evidence_models.yaml", type=click.Path(path_type=Path))
 def main(results: tuple[Path, ...], models: Path) -> None:
-    """Print the table and the rates of RESULTS, by default of every stored evidence run."""
+    """Print the table and the rates of RESULTS, by default of every stored run of preset `fast`."""
     stored = results or tuple(sorted((HERE / "results").glob("evidence-zoo*.json")))
     found = files((json.loads(path.read_text()) for path in stored), yaml.safe_load(models.read_text()))
     for line in (*table(found), "", *(f"- {line}" for line in summary(found))):

@@ -153,13 +153,13 @@ class Defended:
 
 
 def purify(policy: Policy, subject: Subject, suspects: Sequence[Suspect], bench: Bench) -> Defended:
-    """Purify every class that a decisive locator names, then look again, as often as the policy says.
+    """Purify every class that a locator of weight names, then look again, as often as the policy says.
 
     The subject itself where no class is named. A class that is still named when the rounds are used up comes
     back as a suspect, which no policy lets pass.
     """
     done = Defended(subject.model, subject.sha256, None)
-    targets = suspected_classes(suspects, policy.locate.decisive)
+    targets = suspected_classes(suspects, policy.locate)
     left: tuple[Suspect, ...] = ()
     for _ in range(policy.locate.rounds):
         if not policy.rungs or not targets:
@@ -168,7 +168,7 @@ def purify(policy: Policy, subject: Subject, suspects: Sequence[Suspect], bench:
         if policy.locate.rounds == 1:
             break
         left = relocate(policy, subject, done, bench)
-        targets = suspected_classes(left, policy.locate.decisive)
+        targets = suspected_classes(left, policy.locate)
     return replace(done, suspects=left)
 
 
@@ -189,7 +189,9 @@ def joined(before: Defended, after: Candidate) -> Defended:
 def relocate(policy: Policy, subject: Subject, done: Defended, bench: Bench) -> tuple[Suspect, ...]:
     """What the locators say of the purified model and its files, of classes that were not purified.
 
-    Of a purified class they say nothing: a purifier may have trained what they measure.
+    Of a purified class they say nothing: a purifier may have trained what they measure. Where unconfirmed
+    classes are purified, later rounds hear decisive locators alone: one that always names a class would never
+    let them end.
     """
     classes = done.purification.target_classes if done.purification else ()
     files = Rehearsal(policy, subject, classes, bench).files(done.model, done.identity)
@@ -198,7 +200,9 @@ def relocate(policy: Policy, subject: Subject, done: Defended, bench: Bench) -> 
     return tuple(
         replace(suspect, setting=f"{suspect.setting}, purified")
         for suspect in found
-        if suspect.target_class is not None and suspect.target_class not in classes
+        if suspect.target_class is not None
+        and suspect.target_class not in classes
+        and (policy.locate.unconfirmed != "purify" or suspect.locator in policy.locate.decisive)
     )
 
 
@@ -264,7 +268,7 @@ def treated(
     return Candidate(model.eval(), digests.of_file(path), purification)
 
 
-def suspected_classes(suspects: Sequence[Suspect], decisive: Sequence[str]) -> tuple[int, ...]:
-    """The classes that a decisive locator names on any setting, ascending."""
-    named = {s.target_class for s in suspects if s.locator in decisive and s.target_class is not None}
-    return tuple(sorted(named))
+def suspected_classes(suspects: Sequence[Suspect], wanted: Locate) -> tuple[int, ...]:
+    """The classes to purify, ascending: named on any setting by a decisive locator, or by any that counts."""
+    heard = [s for s in suspects if s.locator in wanted.decisive or wanted.unconfirmed == "purify"]
+    return tuple(sorted({s.target_class for s in heard if s.target_class is not None}))

@@ -10,6 +10,7 @@ KNOWN = {
     "thresholds": ["old/*"],
     "limits": [
         {"models": ["tiny/*"], "settings": ["*"], "patch": 0.1},
+        {"preset": "thorough", "settings": ["*"], "patch": 0.5},
         {"settings": ["prune*"], "patch": 0.6},
         {"settings": ["*"], "patch": 0.3, "rounding z": 10},
     ],
@@ -22,8 +23,8 @@ def row(lift: float, patch: float | None, named: int = 1, z: float | None = None
     return {"truth": {"lift": [int(100 * lift), 0, 100]}, "probes": {"patch": found}, "rounding": rounding}
 
 
-def found(models: dict[str, Any]) -> list[evidence_table.File]:
-    return evidence_table.files([{"models": models}], KNOWN)
+def found(models: dict[str, Any], preset: str = "fast") -> list[evidence_table.File]:
+    return evidence_table.files([{"models": models, "preset": preset}], KNOWN)
 
 
 def model(attack: str, **rows: Any) -> dict[str, Any]:
@@ -35,6 +36,8 @@ def test_limits_follow_the_setting_and_name_the_probe() -> None:
     assert [dict(one.flags) for one in files] == [{"patch": 1}, {}]
     (tiny,) = found({"tiny/a": model("badnets", **{"prune-mask": row(0.9, 0.4)})})
     assert tiny.flags == {"patch": 1}
+    (thorough,) = found({"zoo/a": model("badnets", fp32=row(0.9, 0.4))}, "thorough")
+    assert thorough.flags == {}
 
 
 def test_rates_count_held_out_files_alone_and_leave_half_awake_ones_out() -> None:

@@ -172,7 +172,9 @@ def test_no_policy_can_turn_this_off(
     assert all(finding.line is None for finding in found)
 
 
-@pytest.mark.parametrize(("unconfirmed", "outcome"), [("accept", "released"), ("refuse", "refused")])
+@pytest.mark.parametrize(
+    ("unconfirmed", "outcome"), [("accept", "released"), ("purify", "refused"), ("refuse", "refused")]
+)
 def test_policy_says_what_becomes_of_an_unconfirmed_suspect(unconfirmed: str, outcome: str) -> None:
     locate = make_policy().locate.model_dump(mode="json") | {"unconfirmed": unconfirmed}
     report = make_report(suspects=(*make_report().suspects, Suspect("anti-learning", "subject", 0, ())))

@@ -148,6 +148,37 @@ def test_a_class_that_the_last_round_names_stays_a_suspect(
     assert [(suspect.target_class, suspect.setting) for suspect in done.suspects] == [(1, "fp32, purified")]
 
 
+@pytest.mark.parametrize(
+    ("unconfirmed", "purified"), [("purify", (0, toys.TARGET)), ("accept", (toys.TARGET,))]
+)
+def test_what_only_another_locator_names_is_purified_where_the_policy_says_so(
+    unconfirmed: str,
+    purified: tuple[int, ...],
+    opened: Callable[..., Opened],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(FineTune, "purify", _thorough)
+    locate = toy_policy()["locate"] | {"unconfirmed": unconfirmed}
+    policy, subject, bench = opened(purify={"kind": "fine-tune"}, locate=locate)
+    named = [SUSPECT, Suspect("anti-learning", "subject", 0, ())]
+    done = defence.purify(policy, subject, named, bench)
+    assert done.purification is not None
+    assert done.purification.target_classes == purified
+
+
+def test_later_rounds_do_not_hear_a_locator_that_always_names_a_class(
+    opened: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FineTune, "purify", _thorough)
+    locate = toy_policy()["locate"] | {"unconfirmed": "purify", "rounds": 3}
+    policy, subject, bench = opened(purify={"kind": "fine-tune"}, locate=locate)
+    always = Suspect("anti-learning", "subject", 0, ())
+    monkeypatch.setattr(defence, "locate", lambda *_: (always, SUSPECT))
+    done = defence.purify(policy, subject, [SUSPECT], bench)
+    assert done.purification is not None
+    assert (done.purification.target_classes, done.suspects) == ((toys.TARGET,), ())
+
+
 def test_a_rung_may_be_a_name_and_must_be_something() -> None:
     policy = judging.make_policy(purify=["lmr", {"kind": "d3", "lam": 10.0}])
     assert policy.rungs == ({"kind": "lmr"}, {"kind": "d3", "lam": 10.0})

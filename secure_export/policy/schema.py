@@ -112,8 +112,8 @@ class Locate(Section):
 
     methods: tuple[PluginSpec, ...] = Field(min_length=1, description="locators; each kind once")
     decisive: tuple[str, ...] = Field(min_length=1, description="kinds whose suspects are purified")
-    unconfirmed: Literal["accept", "refuse"] = Field(
-        "refuse", description="a class that only the other locators name"
+    unconfirmed: Literal["accept", "purify", "refuse"] = Field(
+        "refuse", description="a class that only the other locators name; purify: in the first round"
     )
     rounds: int = Field(
         1, ge=1, le=10, description="locate, purify, and again while a decisive locator names a new class"
