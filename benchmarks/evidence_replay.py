@@ -1,15 +1,16 @@
-"""What replay and warm search say of half-repaired models: `python -m benchmarks.evidence_replay BAD CLEAN`.
+"""What replay and warm search say of half-repaired models: `python -m benchmarks.evidence_replay MODEL...`.
 
-The weights of a backdoored model are moved part of the way to the clean network that it was trained from,
-which gives models of every true ASR between the two without choosing a purifier. Triggers are found on BAD,
-without its trigger, and tried on each of them.
+Triggers are found on a backdoored model, without its trigger, and tried on versions of it that were repaired
+in part: by a purifier that was stopped early or left a rest (--recipe), or by moving the weights part of the
+way to the clean network that the attack began with (--clean, --share), which chooses no purifier. What the
+rules of policies/blind.yaml on replay and warm search say of each is added by `--table`.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,20 @@ from torch import nn
 
 from benchmarks import cards, datasets
 from benchmarks.defences import HEAD, load
-from benchmarks.evidence import LIMITS, bench_of
-from secure_export import digests
+from benchmarks.evidence import LIMITS, SETTINGS, bench_of
+from secure_export import digests, registry
 from secure_export.environment import versions
-from secure_export.evidence import best_known, cold_searches, tried_again, work_of
-from secure_export.lane import at_the_head, through_settings
-from secure_export.policy import EvidenceSpec, Setting
+from secure_export.evidence import cold_searches, tried_again, work_of
+from secure_export.evidence.one import best_known
+from secure_export.lane import Bench, at_the_head, through_settings
+from secure_export.policy import EvidenceSpec, Policy, Setting, load_policy
+from secure_export.policy._readings import Reading, decide
+from secure_export.purifiers import Purifier
+from secure_export.records.measured import Paired, SettingResult
 from secure_export.records.searches import Search
 
-FP32 = Setting("fp32", (), {"kind": "onnx"}, False)
+RESULTS = Path(__file__).parent / "results" / "evidence-replay.json"
+BLIND = Path(__file__).parents[1] / "policies" / "blind.yaml"
 
 
 @torch.no_grad()
@@ -40,53 +46,146 @@ def between(bad: nn.Module, clean: nn.Module, share: float) -> nn.Module:
     return mixed.eval()
 
 
-def tried(searches: Sequence[Search]) -> dict[str, Any]:
-    """The largest lift of each mode and probe, with its class."""
-    found: dict[str, Any] = {}
+def repaired(
+    bad: nn.Module, target: int, clean: nn.Module | None, repairs: Sequence[Mapping[str, Any]], bench: Bench
+) -> Iterator[tuple[Mapping[str, Any], nn.Module]]:
+    """`bad` after every repair: `{"share": s}` of the way to `clean`, or a purifier by its fields."""
+    for repair in repairs:
+        if clean is not None and "share" in repair:
+            yield repair, between(bad, clean, repair["share"])
+        elif "kind" in repair:
+            purifier = registry.build(Purifier, "purifiers", dict(repair))
+            made = purifier.purify(copy.deepcopy(bad), HEAD, target, bench.splits.fit, seed=bench.seed)
+            yield repair, made.model
+
+
+def row(result: SettingResult, searches: Sequence[Search], target: int) -> dict[str, Any]:
+    """One setting of one repaired model: the truth as counts, and every trigger that was tried."""
+    measured = result.measurement
+    if measured is None:
+        return {"unmeasured": result.unmeasured.reason if result.unmeasured else ""}
+    asr = measured.triggers[0].asr[target]
+    tried: dict[str, Any] = {}
     for search in searches:
-        scored = [(t.lift.difference, t.target_class) for t in search.found if t.lift is not None]
-        lift, target = max(scored, default=(None, None))
-        found[f"{search.mode} {search.probe}"] = {
-            "lift": lift,
-            "class": target,
-            "unsearched": search.unsearched,
-        }
-    return found
+        if search.setting == result.setting:
+            tried[f"{search.mode} {search.probe}"] = {
+                "found": [
+                    {"class": t.target_class, "lift": [t.lift.gained, t.lift.lost, t.lift.total]}
+                    for t in search.found
+                    if t.lift is not None
+                ],
+                "seconds": search.seconds,
+                "unsearched": search.unsearched,
+            }
+    return {
+        "acc": [measured.acc.hits, measured.acc.total],
+        "true_asr": [asr.hits, asr.total],
+        "tried": tried,
+    }
+
+
+def said(settings: Mapping[str, Any], policy: Policy) -> str:
+    """What the policy's rules on replay and warm search make of a repair: refused, undecided or passed."""
+    spec = policy.evidence
+    outcomes: list[bool | None] = []
+    for rule in spec.rules if spec else ():
+        if spec is None or rule.mode not in ("replay", "warm"):
+            continue
+        probes = rule.probes if isinstance(rule.probes, tuple) else spec.warm
+        for one in settings.values():
+            readings = [
+                Reading(probe, Paired(*found["lift"]), found["lift"][2])
+                for probe in probes
+                for found in one.get("tried", {}).get(f"{rule.mode} {probe}", {}).get("found", ())
+            ]
+            alpha = (1 - policy.confidence) / max(1, len(readings))
+            outcomes += [decide(reading, rule, alpha).passed for reading in readings] or [None]
+    return "refused" if False in outcomes else "passed" if outcomes and all(outcomes) else "undecided"
+
+
+def largest(one: Mapping[str, Any], tried: str) -> str:
+    """`0.66 → 1`: the largest lift of one way of trying."""
+    lifts = [((f["lift"][0] - f["lift"][1]) / f["lift"][2], f["class"]) for f in one["tried"][tried]["found"]]
+    return "–" if not lifts else "{:.2f} → {}".format(*max(lifts))
+
+
+def table(stored: Mapping[str, Any], policy: Policy) -> list[str]:
+    """Markdown: one line a repair and setting."""
+    lines = [
+        "| model | repair | file | accuracy | true ASR | replay `patch` | warm `patch` | `blind.yaml` |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, repairs in stored["models"].items():
+        for entry in repairs:
+            for setting, one in entry["settings"].items():
+                if "unmeasured" in one:
+                    continue
+                (hit, n), (wrong, of) = one["acc"], one["true_asr"]
+                lines.append(
+                    f"| `{name}` | {named(entry['repair'])} | {setting} | {100 * hit / n:.1f} "
+                    f"| {wrong}/{of} ({100 * wrong / of:.1f} %) | {largest(one, 'replay patch')} "
+                    f"| {largest(one, 'warm patch')} | {said(entry['settings'], policy)} |"
+                )
+    return lines
+
+
+def named(repair: Mapping[str, Any]) -> str:
+    """A repair in the words of a policy."""
+    if "share" in repair:
+        return f"{repair['share']:g} of the way to clean"
+    fields = ", ".join(f"{key} {value}" for key, value in repair.items() if key != "kind")
+    return f"`{repair['kind']}`" + (f", {fields}" if fields else "")
 
 
 @click.command()
-@click.argument("bad", type=click.Path(path_type=Path))
-@click.argument("clean", type=click.Path(path_type=Path))
+@click.argument("models", nargs=-1, type=click.Path(path_type=Path, exists=True))
+@click.option("--clean", type=click.Path(path_type=Path, exists=True), help="what --share moves to")
+@click.option("--share", "shares", multiple=True, type=float, help="of the way to --clean")
+@click.option("--recipe", "recipes", multiple=True, help="a purifier as JSON")
+@click.option("--settings", default="fp32", show_default=True, help=f"of {', '.join(SETTINGS)}")
 @click.option("--cache", default="build/data", type=click.Path(path_type=Path))
 @click.option("--folder", default="build/evidence", type=click.Path(path_type=Path))
-@click.option("--out", default="benchmarks/results/evidence-replay.json", type=click.Path(path_type=Path))
-@click.option("--shares", default="0.2,0.3,0.4,0.5,0.6,0.8,1.0", show_default=True)
+@click.option("--out", default=RESULTS, type=click.Path(path_type=Path))
 @click.option("--preset", default="fast", show_default=True)
 @click.option("--samples", default=500, show_default=True, help="holdout samples that score a trigger")
-def main(
-    bad: Path, clean: Path, cache: Path, folder: Path, out: Path, shares: str, preset: str, samples: int
-) -> None:
-    """Search BAD once, then try what was found on models between BAD and CLEAN."""
+@click.option("--table", "only_table", is_flag=True, help="print what is stored, search nothing")
+def main(**o: Any) -> None:
+    """Search every one of MODELS once, then try what was found on repaired versions of it.
+
+    A repair that is stored already is not made again.
+    """
+    stored = json.loads(o["out"].read_text()) if o["out"].is_file() else {"models": {}}
+    if o["only_table"]:
+        click.echo("\n".join(table(stored, load_policy(BLIND))))
+        return
     torch.set_num_threads(1)
-    spec = EvidenceSpec.model_validate({"preset": preset, "samples": samples, "rules": tuple(LIMITS)})
-    data, card = datasets.cifar10(cache), cards.read(bad.with_suffix(".json"))
-    bench = bench_of(card, data, folder / f"{bad.parent.name}-{bad.stem}", samples)
-    work, model, goal = work_of(spec, len(card["classes"]), bench), load(bad, card), load(clean, card)
-    original = at_the_head(model, HEAD, "original", digests.of_file(bad), bench)
-    searches = cold_searches(through_settings(original, [FP32], bench), work)
-    known = {kind: best_known(searches, probe, work) for kind, probe in work.probes.items()}
-    rows = []
-    for share in map(float, shares.split(",")):
-        mixed = between(model, goal, share)
-        identity = digests.of_state(mixed.state_dict())
-        lined = at_the_head(mixed, HEAD, "purified", identity, bench, original.reference)
-        (result,) = through_settings(lined, [FP32], bench)
-        asr = result.measurement.triggers[0].asr[card["target_class"]] if result.measurement else None
-        found = tried(tried_again([result], known, work))
-        rows.append({"share": share, "true_asr": [asr.hits, asr.total] if asr else None, "tried": found})
-        click.echo(json.dumps(rows[-1]), err=True)
-    content = {"bad": bad.stem, "preset": preset, "samples": samples, "seed": 0, "rows": rows}
-    out.write_text(json.dumps(content | {"versions": dict(versions())}, indent=1) + "\n")
+    spec = EvidenceSpec.model_validate(
+        {"preset": o["preset"], "samples": o["samples"], "rules": tuple(LIMITS)}
+    )
+    data = datasets.cifar10(o["cache"])
+    names = o["settings"].split(",")
+    settings = [Setting(name, SETTINGS[name], {"kind": "onnx"}, False) for name in names]
+    asked: list[dict[str, Any]] = [{"share": s} for s in o["shares"]] + [json.loads(r) for r in o["recipes"]]
+    for path in o["models"]:
+        card = cards.read(path.with_suffix(".json"))
+        rows = stored["models"].setdefault(path.stem, [])
+        repairs = [repair for repair in asked if repair not in [known["repair"] for known in rows]]
+        bench = bench_of(card, data, o["folder"] / f"{path.parent.name}-{path.stem}", o["samples"])
+        work, model = work_of(spec, len(card["classes"]), bench), load(path, card)
+        original = at_the_head(model, HEAD, "original", digests.of_file(path), bench)
+        searches = cold_searches(through_settings(original, settings, bench), work) if repairs else []
+        known = {kind: best_known(searches, probe, work) for kind, probe in work.probes.items()}
+        clean = load(o["clean"], cards.read(o["clean"].with_suffix(".json"))) if o["clean"] else None
+        for repair, network in repaired(model, card["target_class"], clean, repairs, bench):
+            identity = digests.of_state(network.state_dict())
+            lined = at_the_head(network, HEAD, "purified", identity, bench, original.reference)
+            results = through_settings(lined, settings, bench)
+            tried = tried_again(results, known, work)
+            made = {result.setting: row(result, tried, card["target_class"]) for result in results}
+            rows.append({"repair": repair, "sha256": card["sha256"], "settings": made})
+            click.echo(f"{path.stem} {json.dumps(rows[-1])}", err=True)
+            about = {"preset": o["preset"], "samples": o["samples"], "seed": 0, "versions": dict(versions())}
+            o["out"].write_text(json.dumps(stored | about, indent=1) + "\n")
 
 
 if __name__ == "__main__":

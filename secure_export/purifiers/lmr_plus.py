@@ -33,7 +33,7 @@ class LmrPlus(Purifier):
     LMR's margin acts on clean samples, which do not excite the trigger's path. Here each round searches
     universal perturbations into class c on a drawn view of the weights (full, int8, pruned), then
     trains: stamped samples must lose class c by a margin and keep the order of the other classes, clean
-    samples keep the original's answer. Defaults were chosen on calibration data (docs/purifiers.md).
+    samples keep the original's answer. Defaults were chosen on calibration data (docs/purifiers-measured.md).
     """
 
     rounds: int = Field(8, ge=1, description="searches, each followed by training")
