@@ -14,7 +14,9 @@ from typing import Any
 
 import click
 
-from secure_export import statistics
+from benchmarks.defences import RECIPES
+from secure_export import registry, statistics
+from secure_export.purifiers import Purifier
 
 FOLDER = Path(__file__).parent
 RESULTS, PUBLISHED = FOLDER / "results", FOLDER / "published.json"
@@ -32,7 +34,8 @@ Row = Mapping[str, Any]
 class Trial:
     """One purifier on one model, as measured."""
 
-    attack: str
+    model: str
+    """Of the zoo; where it has one recipe of a published attack, the attack's name."""
     kind: str
     fit: int
     seed: int
@@ -44,7 +47,7 @@ class Trial:
 class Located:
     """What one locator said of one view of a backdoored model."""
 
-    attack: str
+    model: str
     locator: str
     right: bool
 
@@ -63,15 +66,22 @@ def main(results: Path, out: Path | None) -> None:
 
 
 def trials(results: Path) -> Iterator[Trial]:
-    """Stored trials of benchmarks.defences, and both lanes of benchmarks.main_job."""
+    """Trials of benchmarks.defences and both lanes of benchmarks.main_job, on the zoo's present weights."""
+    zoo = results / "zoo.json"
+    present = (
+        {name: card["sha256"] for name, card in json.loads(zoo.read_text()).items()} if zoo.is_file() else {}
+    )
     for path in sorted((results / "defences").glob("*.json")):
         found = json.loads(path.read_text())
         recipe = found["recipe"]
-        attack, fit, seed = found["attack"], found["fit"], found["seed"]
-        yield Trial(attack, recipe["kind"], fit, seed, found["settings"], recipe)
-        yield Trial(attack, "none", fit, seed, found["before"])
+        model, fit, seed = found["model"], found["fit"], found["seed"]
+        if found["sha256"] == present.get(model, found["sha256"]):
+            yield Trial(model, recipe["kind"], fit, seed, found["settings"], recipe)
+            yield Trial(model, "none", fit, seed, found["before"])
     for path in sorted(results.glob("main-job-*.json")):
-        yield from _main_job(json.loads(path.read_text()))
+        found = json.loads(path.read_text())
+        if found["card"]["sha256"] == present.get(found["card"]["name"], found["card"]["sha256"]):
+            yield from _main_job(found)
 
 
 def _main_job(found: Mapping[str, Any]) -> Iterator[Trial]:
@@ -88,7 +98,7 @@ def _main_job(found: Mapping[str, Any]) -> Iterator[Trial]:
             for name, lanes in report["settings"].items()
             if "acc" in lanes[lane] and card["trigger"]["kind"] in lanes[lane]["triggers"]
         }
-        yield Trial(card["attack"], kind, fit, card["seed"], settings)
+        yield Trial(card["name"], kind, fit, card["seed"], settings)
 
 
 def _ours(setting: str) -> str:
@@ -103,7 +113,7 @@ def located(results: Path) -> Iterator[Located]:
         card = found["card"]
         if card["attack"] != "none":
             for said in found["purification_on"]["report"]["suspects"]:
-                yield Located(card["attack"], said["locator"], said["class"] == card["target_class"])
+                yield Located(card["name"], said["locator"], said["class"] == card["target_class"])
 
 
 def document(published: Mapping[str, Any], found: Sequence[Trial], said: Sequence[Located]) -> Iterator[str]:
@@ -167,7 +177,7 @@ def _average(row: Row, rows: Sequence[Row], found: Sequence[Trial], key: str) ->
 
 
 def _localized(ours: Mapping[str, Any], said: Iterable[Located]) -> str:
-    answers = [s.right for s in said if s.attack == ours["attack"] and s.locator == ours["locator"]]
+    answers = [s.right for s in said if s.model == ours["model"] and s.locator == ours["locator"]]
     return cell([[sum(answers), len(answers)]]) if answers else MISSING
 
 
@@ -179,10 +189,10 @@ def matching(ours: Mapping[str, Any], found: Sequence[Trial]) -> list[Trial]:
         chosen = [
             trial
             for trial in found
-            if (trial.attack, trial.kind) == (ours["attack"], ours["kind"])
+            if (trial.model, trial.kind) == (ours["model"], ours["kind"])
             and (trial.fit == size or trial.kind == "none")
             and ours["setting"] in trial.settings
-            and all(trial.parameters.get(key) == value for key, value in wanted.items())
+            and as_asked(trial, wanted)
         ]
         if chosen:
             # An untouched model is the same in every trial: one reading, from the most samples.
@@ -191,6 +201,16 @@ def matching(ours: Mapping[str, Any], found: Sequence[Trial]) -> list[Trial]:
                 [max(chosen, key=lambda t: t.settings[key]["acc"][1])] if ours["kind"] == "none" else chosen
             )
     return []
+
+
+def as_asked(trial: Trial, wanted: Mapping[str, Any]) -> bool:
+    """Whether the parameters are the wanted ones, and all others those of benchmarks.defences."""
+    given = {key: value for key, value in trial.parameters.items() if key != "kind"}
+    if not given:
+        return not wanted
+    usual = registry.build(Purifier, "purifiers", {"kind": trial.kind, **RECIPES[trial.kind], **wanted})
+    fields = usual.model_dump(mode="json")
+    return all(fields.get(key) == value for key, value in given.items())
 
 
 def cell(counts: Sequence[Sequence[int]]) -> str:

@@ -14,7 +14,8 @@ from secure_export import registry
 
 def stored(folder: Path, name: str, **changes: Any) -> None:
     trial = {
-        "attack": "badnets",
+        "model": "badnets",
+        "sha256": "now",
         "recipe": {"kind": "d3", "lam": 0.5},
         "seed": 0,
         "fit": 500,
@@ -56,7 +57,7 @@ def test_an_average_says_over_how_many_attacks(tmp_path: Path) -> None:
         tmp_path,
         "two",
         recipe={"kind": "nad"},
-        attack="sig",
+        model="sig",
         settings={"fp32": {"acc": [9, 10], "asr": [0, 9]}},
     )
     (row,) = [line for line in lines_of(tmp_path) if line.startswith("| Avg.(TBA) | ResNet-18 | NAD |")]
@@ -68,6 +69,16 @@ def test_parameters_decide_which_trial_answers(tmp_path: Path) -> None:
         stored(tmp_path, f"m{m1}", fit=300, recipe={"kind": "lmr", "lr": 0.001, "beta": 0.0, "m1": m1})
     rows = [line for line in lines_of(tmp_path) if "SCE + DSC (m1" in line]
     assert ["missing" in row for row in rows] == [False, False, True, True]
+
+
+def test_other_weights_and_other_recipes_answer_nothing(tmp_path: Path) -> None:
+    (tmp_path / "zoo.json").write_text(json.dumps({"badnets": {"sha256": "now"}}))
+    stored(tmp_path, "earlier", sha256="before")
+    stored(tmp_path, "stronger", recipe={"kind": "d3", "lam": 5.0})
+    row = "| BadNets | PreAct-ResNet-18 | d3, retain set 1 %"
+    assert ["missing" in line for line in lines_of(tmp_path) if line.startswith(row)] == [True]
+    stored(tmp_path, "usual")
+    assert ["missing" in line for line in lines_of(tmp_path) if line.startswith(row)] == [False]
 
 
 def test_published_cells_ask_for_things_that_exist() -> None:
