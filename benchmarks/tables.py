@@ -67,10 +67,7 @@ def main(results: Path, out: Path | None) -> None:
 
 def trials(results: Path) -> Iterator[Trial]:
     """Trials of benchmarks.defences and both lanes of benchmarks.main_job, on the zoo's present weights."""
-    zoo = results / "zoo.json"
-    present = (
-        {name: card["sha256"] for name, card in json.loads(zoo.read_text()).items()} if zoo.is_file() else {}
-    )
+    present = weights(results)
     for path in sorted((results / "defences").glob("*.json")):
         found = json.loads(path.read_text())
         recipe = found["recipe"]
@@ -82,6 +79,16 @@ def trials(results: Path) -> Iterator[Trial]:
         found = json.loads(path.read_text())
         if found["card"]["sha256"] == present.get(found["card"]["name"], found["card"]["sha256"]):
             yield from _main_job(found)
+
+
+def weights(results: Path) -> Mapping[str, str]:
+    """Digest of the present weights of every zoo model by name; empty where no card is stored."""
+    path = results / "zoo.json"
+    return (
+        {name: card["sha256"] for name, card in json.loads(path.read_text()).items()}
+        if path.is_file()
+        else {}
+    )
 
 
 def _main_job(found: Mapping[str, Any]) -> Iterator[Trial]:
@@ -107,13 +114,14 @@ def _ours(setting: str) -> str:
 
 
 def located(results: Path) -> Iterator[Located]:
-    """What the locators said of the backdoored models of benchmarks.main_job, view by view."""
-    for path in sorted(results.glob("main-job-*.json")):
-        found = json.loads(path.read_text())
-        card = found["card"]
-        if card["attack"] != "none":
-            for said in found["purification_on"]["report"]["suspects"]:
-                yield Located(card["name"], said["locator"], said["class"] == card["target_class"])
+    """What the locators said of the zoo's present weights in benchmarks.locate_trials, view by view."""
+    path, present = results / "locate.json", weights(results)
+    for place, found in json.loads(path.read_text())["models"].items() if path.is_file() else ():
+        model = Path(place).name
+        if found["dataset"] == "cifar10" and found["sha256"] == present.get(model):
+            for row in found["rows"].values():
+                for locator, said in row.get("locators", {}).items():
+                    yield Located(model, locator, said["class"] == found["target_class"])
 
 
 def document(published: Mapping[str, Any], found: Sequence[Trial], said: Sequence[Located]) -> Iterator[str]:
