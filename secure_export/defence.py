@@ -194,7 +194,7 @@ def relocate(policy: Policy, subject: Subject, done: Defended, bench: Bench) -> 
     let them end.
     """
     classes = done.purification.target_classes if done.purification else ()
-    files = Rehearsal(policy, subject, classes, bench).files(done.model, done.identity)
+    files = Rehearsal(policy, subject, classes, bench).files(done.model, done.identity, done.purification)
     now = replace(subject, model=done.model, sha256=done.identity)
     found = locate(policy.locate, now, files, bench, policy.expanded_settings())
     return tuple(

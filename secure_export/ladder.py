@@ -74,7 +74,9 @@ class Rehearsal:
         """What the calibration split says against a candidate; empty when nothing does."""
         bench = self._bench(self.triggers)
         original = at_the_head(self.subject.model, self.subject.head, "original", self.subject.sha256, bench)
-        purified = at_the_head(model, self.subject.head, "purified", identity, bench, original.reference)
+        purified = at_the_head(
+            model, self.subject.head, "purified", identity, bench, original.reference, purification
+        )
         results = through_settings(purified, self.policy.expanded_settings(), bench)
         policy = self.rehearsed()
         findings = judge(policy, report(policy, self.subject, purification, results)).findings
@@ -83,10 +85,13 @@ class Rehearsal:
             f"{f.setting}: {f.message}" for f in findings if f.passed is False or f.rule == "unmeasured"
         )
 
-    def files(self, model: nn.Module, identity: str) -> list[SettingResult]:
+    def files(
+        self, model: nn.Module, identity: str, purification: Purification | None
+    ) -> list[SettingResult]:
         """The candidate's file in every setting, unmeasured."""
-        lined = at_the_head(model, self.subject.head, "purified", identity, self._bench({}))
-        return made(lined, self.policy.expanded_settings(), self._bench({}))
+        bench = self._bench({})
+        lined = at_the_head(model, self.subject.head, "purified", identity, bench, purification=purification)
+        return made(lined, self.policy.expanded_settings(), bench)
 
     def rehearsed(self) -> Policy:
         """The policy with the searched triggers in the place of the known ones."""

@@ -9,6 +9,7 @@ import copy
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +21,7 @@ from secure_export.formats import Format
 from secure_export.ledger import Ledger
 from secure_export.measure import Reference, logits_of, measure
 from secure_export.policy import schema
+from secure_export.purifiers import Purifier
 from secure_export.records.measured import (
     Artifact,
     Change,
@@ -30,6 +32,7 @@ from secure_export.records.measured import (
     Unmeasured,
 )
 from secure_export.records.memory import Progress, Splits
+from secure_export.records.reported import Purification
 from secure_export.runtimes import Options
 from secure_export.runtimes import runtime as runtime_of
 from secure_export.runtimes.torch_eager import from_module
@@ -86,17 +89,25 @@ class Lined:
     head: str
     identity: str
     reference: Reference
+    purification: Purification | None = None
+    """How the model came about, for steps that do it again to what was made of it."""
 
 
 def at_the_head(
-    model: nn.Module, head: str, lane: Lane, identity: str, bench: Bench, against: Reference | None = None
+    model: nn.Module,
+    head: str,
+    lane: Lane,
+    identity: str,
+    bench: Bench,
+    against: Reference | None = None,
+    purification: Purification | None = None,
 ) -> Lined:
     """A full-precision model with its own logits on the holdout; `against` is the untouched subject's."""
     bench.progress(f"{lane}: full precision", 0, 1)
     logits = logits_of(from_module(model), bench.splits.holdout)
     predictions = logits.argmax(1) if against is None else against.subject_predictions
     bench.progress(f"{lane}: full precision", 1, 1)
-    return Lined(lane, model, head, identity, Reference(predictions, logits))
+    return Lined(lane, model, head, identity, Reference(predictions, logits), purification)
 
 
 def through_settings(lined: Lined, settings: Iterable[Setting], bench: Bench) -> list[SettingResult]:
@@ -136,7 +147,7 @@ def make(lined: Lined, setting: Setting, bench: Bench) -> Artifact:
     Raises:
         CompressError: a step or the format failed, or a module step follows a file step.
     """
-    steps = [registry.build(Compressor, "compressors", spec) for spec in setting.steps]
+    steps = steps_of(lined, setting)
     first_file_step = next((i for i, step in enumerate(steps) if isinstance(step, FileStep)), len(steps))
     module_steps, file_steps = steps[:first_file_step], steps[first_file_step:]
     form = registry.build(Format, "formats", setting.format)
@@ -169,6 +180,14 @@ def make(lined: Lined, setting: Setting, bench: Bench) -> Artifact:
     return bench.ledger.enter(artifact, *determined_by)
 
 
+def steps_of(lined: Lined, setting: Setting) -> list[Compressor]:
+    """The setting's chain, without steps of the defence where nothing was purified."""
+    steps = [registry.build(Compressor, "compressors", spec) for spec in setting.steps]
+    if lined.purification is not None:
+        return steps
+    return [step for step in steps if not (isinstance(step, ModuleStep) and step.defends)]
+
+
 def cost_table(files: Sequence[Artifact], bench: Bench) -> tuple[Cost, ...]:
     """What each file costs, the first being what the others are compared with: all measured in this call."""
     together = [file.sha256 for file in files]
@@ -198,7 +217,7 @@ def beside_full_precision(
 
 def unrounded(lined: Lined, setting: Setting, bench: Bench) -> Path | None:
     """The float file that the setting's steps on files began with; None where there is no such step."""
-    steps = [registry.build(Compressor, "compressors", spec) for spec in setting.steps]
+    steps = steps_of(lined, setting)
     module_steps = [step for step in steps if isinstance(step, ModuleStep)]
     if len(module_steps) == len(steps):
         return None
@@ -247,7 +266,7 @@ def _written(
 ) -> Written:
     determined_by = (
         lined.identity,
-        setting.steps[: len(steps)],
+        [{"kind": step.kind, **step.model_dump()} for step in steps],
         setting.format,
         bench.splits.calibration.sha256,
         bench.seed,
@@ -272,7 +291,17 @@ def _written(
 
 
 def _context(lined: Lined, bench: Bench) -> Context:
-    return Context(lined.head, bench.splits.calibration, lined.model, bench.seed, bench.progress)
+    again = None if lined.purification is None else partial(_again, lined, lined.purification, bench)
+    return Context(lined.head, bench.splits.calibration, lined.model, bench.seed, bench.progress, again)
+
+
+def _again(lined: Lined, done: Purification, bench: Bench, model: nn.Module) -> nn.Module:
+    purifier = registry.build(Purifier, "purifiers", {"kind": done.kind, **done.parameters})
+    for target_class in done.target_classes:
+        model = purifier.purify(
+            model, lined.head, target_class, bench.splits.fit, seed=bench.seed, progress=bench.progress
+        ).model
+    return model
 
 
 def _intact(path: Path, sha256: str) -> bool:

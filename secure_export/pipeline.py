@@ -90,8 +90,9 @@ def whole_job(
         defended = defence.purify(policy, subject, suspects, bench)
         suspects += defended.suspects
     with clock("purified"):
+        done = defended.purification
         purified = at_the_head(
-            defended.model, subject.head, "purified", defended.identity, bench, original.reference
+            defended.model, subject.head, "purified", defended.identity, bench, original.reference, done
         )
         purifieds = through_settings(purified, policy.expanded_settings(), bench)
     with clock("evidence"):
@@ -102,7 +103,6 @@ def whole_job(
         files = beside_full_precision(purified, purifieds, shipped, bench) if policy.costs else []
         spent = cost_table(files, bench)
     info = described(subject, splits)
-    done = defended.purification
     report = compose(policy, info, bench, suspects, done, originals, purifieds, clock.seconds)
     searched = evidence.described(report.evidence, gathered)
     return replace(report, costs=spent, evidence=searched), purifieds

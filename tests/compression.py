@@ -17,6 +17,7 @@ from secure_export.compressors._layers import recalibrate_batchnorm
 from secure_export.errors import PolicyError
 from secure_export.formats import Format
 from secure_export.formats.onnx import Onnx
+from secure_export.purifiers.fine_tune import FineTune
 from secure_export.records.measured import Change
 from secure_export.records.memory import Split
 from secure_export.runtimes import Runtime
@@ -101,8 +102,13 @@ def calibration(n: int = 64, shape: tuple[int, ...] = SHAPE) -> Split:
 
 
 def context(teacher: nn.Module, head: str = HEAD, seed: int = 0, n: int = 64) -> Context:
-    """A context around `teacher`, whose inputs have SHAPE."""
-    return Context(head=head, calibration=calibration(n), teacher=teacher, seed=seed)
+    """A context around `teacher`, whose inputs have SHAPE; what is purified again learns a second's worth."""
+    split = calibration(n)
+
+    def purify(model: nn.Module) -> nn.Module:
+        return FineTune(epochs=1).purify(model, head, 1, split, seed=seed).model
+
+    return Context(head=head, calibration=split, teacher=teacher, seed=seed, purify=purify)
 
 
 @functools.cache

@@ -179,6 +179,42 @@ def test_later_rounds_do_not_hear_a_locator_that_always_names_a_class(
     assert (done.purification.target_classes, done.suspects) == ((toys.TARGET,), ())
 
 
+PRUNED = {
+    "name": "pruned",
+    "steps": [{"kind": "prune-structured", "ratio": 0.2, "recalibrate": False}, {"kind": "purify"}],
+}
+
+
+def test_a_pruned_network_is_purified_again_and_the_original_is_not(
+    run_toy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    treated = []
+
+    @torch.no_grad()
+    def nudged(_: Any, model: nn.Module, head: str, target: int, *__: Any, **___: Any) -> Purified:
+        treated.append((target, sum(parameter.numel() for parameter in model.parameters())))
+        model.head.weight[:, -1] += 0.01
+        return Purified(model.eval(), ())
+
+    monkeypatch.setattr(FineTune, "purify", nudged)
+    report = run_toy(toys.awake(), purify={"kind": "fine-tune"}, settings=[FP32, PRUNED], release=["fp32"])
+    (_, whole), (_, smaller) = treated
+    assert {target for target, _ in treated} == {toys.TARGET}
+    assert smaller < whole
+    _, pruned = report.settings
+    assert [change.kind for change in pruned.original.artifact.changes] == ["prune-structured"]
+    assert [change.kind for change in pruned.purified.artifact.changes] == ["prune-structured", "purify"]
+    assert not [f for f in report.verdict.findings if f.rule == "unchanged-step"]
+
+
+def test_where_nothing_is_purified_nothing_is_purified_again(run_toy: Callable[..., Any]) -> None:
+    report = run_toy(toys.clean(), purify={"kind": "fine-tune"}, settings=[FP32, PRUNED], release=["fp32"])
+    _, pruned = report.settings
+    assert report.purification is None
+    assert [change.kind for change in pruned.purified.artifact.changes] == ["prune-structured"]
+    assert not [f for f in report.verdict.findings if f.rule == "unchanged-step"]
+
+
 def test_a_rung_may_be_a_name_and_must_be_something() -> None:
     policy = judging.make_policy(purify=["lmr", {"kind": "d3", "lam": 10.0}])
     assert policy.rungs == ({"kind": "lmr"}, {"kind": "d3", "lam": 10.0})

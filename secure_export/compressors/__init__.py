@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -25,6 +26,8 @@ class Context:
     """The full-precision model of this lane, untouched; `recover` distils from it."""
     seed: int
     progress: Progress = silent
+    purify: Callable[[nn.Module], nn.Module] | None = None
+    """What was done to the full-precision model of this lane, for a network made from it; None: nothing."""
 
 
 class Compressor(Plugin):
@@ -33,6 +36,9 @@ class Compressor(Plugin):
 
 class ModuleStep(Compressor):
     """A step on the module, before any file exists."""
+
+    defends: ClassVar[bool] = False
+    """Part of the defence: left out where nothing was purified, so for the original model too."""
 
     @abstractmethod
     def on_module(self, model: nn.Module, context: Context) -> tuple[nn.Module, Change]:

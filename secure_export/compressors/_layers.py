@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from secure_export.errors import CompressError
@@ -64,3 +66,25 @@ def recalibrate_batchnorm(model: nn.Module, calibration: Split) -> int:
         layer.momentum = momentum
     model.eval()
     return len(norms)
+
+
+def pruned_masks(model: nn.Module) -> dict[str, Tensor]:
+    """By the name of a parameter, what of it must stay zero: pruned weights, and what a purifier has cut from
+    the head. The bias of a filter that is zero altogether stays zero with it.
+    """
+    masks: dict[str, Tensor] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            alive = layer.weight.detach() != 0
+            if not alive.all():
+                masks[f"{name}.weight"] = alive
+                if layer.bias is not None:
+                    masks[f"{name}.bias"] = alive.flatten(1).any(1) | (layer.bias.detach() != 0)
+    return masks
+
+
+@torch.no_grad()
+def keep_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Zero again what training has brought back; `masks` as from `pruned_masks`."""
+    for name, mask in masks.items():
+        model.get_parameter(name).mul_(mask)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from secure_export.compressors import Context, ModuleStep
-from secure_export.compressors._layers import recalibrate_batchnorm, weighted_layers
+from secure_export.compressors._layers import keep_zeros, pruned_masks, recalibrate_batchnorm, weighted_layers
 from secure_export.errors import CompressError
 from secure_export.records.measured import Change
 from secure_export.records.memory import Progress, Split
@@ -82,7 +82,7 @@ def distil(
     flip = flip and calibration.inputs.ndim == 4
     targets = [soft(teacher, calibration, temperature, mirrored) for mirrored in (False, flip)]
     generator = torch.Generator().manual_seed(seed)
-    kept = pruned_masks(model)
+    masks = pruned_masks(model)
     batches = -(-n // batch_size)
     model.requires_grad_(True).eval()
     for layer in model.modules():
@@ -105,8 +105,7 @@ def distil(
                 torch.autograd.backward(loss * temperature**2)
                 optimizer.step()
                 schedule.step()
-                for parameter, mask in kept:
-                    parameter.data.mul_(mask)
+                keep_zeros(model, masks)
             progress("recover", epoch + 1, epochs)
     optimizer.zero_grad()
     model.eval()
@@ -120,19 +119,3 @@ def soft(teacher: nn.Module, split: Split, temperature: float, mirrored: bool) -
         inputs = split.floats(index)
         parts.append(teacher(inputs.flip(-1) if mirrored else inputs))
     return F.softmax(torch.cat(parts) / temperature, 1)
-
-
-def pruned_masks(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """(parameter, mask) for what must stay zero: pruned weights, and what a purifier has cut from the head.
-
-    The bias of a filter that is zero altogether stays zero with it.
-    """
-    masks: list[tuple[Tensor, Tensor]] = []
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            alive = layer.weight.detach() != 0
-            if not alive.all():
-                masks.append((layer.weight, alive))
-                if layer.bias is not None:
-                    masks.append((layer.bias, alive.flatten(1).any(1) | (layer.bias.detach() != 0)))
-    return masks

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from secure_export.policy.schema import Policy, Setting
-from secure_export.records.measured import UNREAD, Finding, Measurement, SettingResult
+from secure_export.records.measured import PURIFY_AGAIN, UNREAD, Finding, Measurement, SettingResult
 from secure_export.records.reported import Report, ReportedSetting
 
 
@@ -19,7 +19,7 @@ def builtin_findings(policy: Policy, report: Report) -> Iterator[Finding]:
         if isinstance(reported, str):
             yield _finding("missing", setting.name, None, reported)
         else:
-            yield from _setting(setting, reported.purified)
+            yield from _setting(setting, reported.purified, purified=report.purification is not None)
     yield from _triggers(policy, report)
     yield from _purification(report)
     yield from _locators(policy, report)
@@ -64,7 +64,7 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def _setting(setting: Setting, result: SettingResult) -> Iterator[Finding]:
+def _setting(setting: Setting, result: SettingResult, *, purified: bool) -> Iterator[Finding]:
     artifact, measurement = result.artifact, result.measurement
     if result.unmeasured is not None:
         detail = f": {result.unmeasured.detail}" if result.unmeasured.detail else ""
@@ -88,8 +88,9 @@ def _setting(setting: Setting, result: SettingResult) -> Iterator[Finding]:
         if change.changed <= 0:
             message = f"{change.kind} changed {change.changed} of {change.total} {change.unit}"
             yield _finding("unchanged-step", setting.name, False, message)
-    if len(artifact.changes) != len(setting.steps):
-        message = f"{len(setting.steps)} steps, but {len(artifact.changes)} say what they changed"
+    asked = [step for step in setting.steps if purified or step.get("kind") != PURIFY_AGAIN]
+    if len(artifact.changes) != len(asked):
+        message = f"{len(asked)} steps, but {len(artifact.changes)} say what they changed"
         yield _finding("unchanged-step", setting.name, None, message)
 
 

@@ -63,8 +63,6 @@ def _locate(policy: Policy) -> Iterator[Problem]:
         if kind not in kinds:
             known = ", ".join(kinds)
             yield Problem(("locate", "decisive", index), f"{kind!r} is none of the methods ({known})")
-    if policy.locate.unconfirmed == "purify" and not policy.rungs:
-        yield Problem(("locate", "unconfirmed"), "'purify' asked for, but purify names no purifier")
 
 
 def _patterns(policy: Policy) -> Iterator[Problem]:

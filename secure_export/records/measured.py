@@ -97,6 +97,10 @@ UNREAD = "unread"
 """Key of Suspect.evidence under which a locator that could not read the file says why; never a pass."""
 
 
+PURIFY_AGAIN = "purify"
+"""Kind of the step that repeats the purification; where nothing was purified, a chain stands without it."""
+
+
 ALWAYS_NAMES = "always_names_a_class"
 """Key of Suspect.evidence of a locator that cannot say "none": alone, its class is no evidence."""
 
