@@ -36,7 +36,10 @@ RESULTS = Path(__file__).parent / "results"
 @click.option("--holdout", default=10_000, show_default=True, help="Test images to measure on.")
 @click.option("--out", default="runs/main-job", type=click.Path(path_type=Path))
 def main(models: tuple[str, ...], policy: Path, zoo: Path, data: Path, holdout: int, out: Path) -> None:
-    """Run the main job on MODELS of the zoo; results go to benchmarks/results/main-job-MODEL.json."""
+    """Run the main job on MODELS of the zoo; results go to RESULTS/main-job-MODEL.json.
+
+    Another policy than strict.yaml has its own results: RESULTS/POLICY-MODEL.json.
+    """
     images = unpacked(data / ARCHIVE, out / "cifar10")
     RESULTS.mkdir(exist_ok=True)
     for name in models:
@@ -52,7 +55,8 @@ def main(models: tuple[str, ...], policy: Path, zoo: Path, data: Path, holdout: 
             "purification_off": off,
             "purification_on": on,
         }
-        path = RESULTS / f"main-job-{name}.json"
+        job = "main-job" if policy.stem == "strict" else policy.stem
+        path = RESULTS / f"{job}-{name}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
         click.echo(f"{name}: off exit {off['exit']}, on exit {on['exit']}: {path}")
 

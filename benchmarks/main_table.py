@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,19 @@ SHOWN = ("fp32", "int8")
 
 
 @click.command()
-def main() -> None:
-    """Print one row for each model and shipped setting, from benchmarks/results/main-job-*.json."""
+@click.argument("results", nargs=-1, type=click.Path(exists=True, path_type=Path))
+@click.option("--setting", "names", multiple=True, default=SHOWN, help="these settings; globs")
+def main(results: tuple[Path, ...], names: tuple[str, ...]) -> None:
+    """Print one row for each model and setting of RESULTS, by default of results/main-job-*.json."""
+    paths = results or tuple(sorted(RESULTS.glob("main-job-*.json")))
     click.echo("| model | setting | ACC original | ACC purified | ASR original | ASR purified | off | on |")
     click.echo("|---|---|---|---|---|---|---|---|")
-    for path in sorted(RESULTS.glob("main-job-*.json")):
+    for path in paths:
         result = json.loads(path.read_text())
-        for setting in SHOWN:
-            click.echo(row(result, setting))
-    for path in sorted(RESULTS.glob("main-job-*.json")):
+        for setting in result["purification_on"]["report"]["settings"]:
+            if any(fnmatch(setting, name) for name in names):
+                click.echo(row(result, setting))
+    for path in paths:
         click.echo(lifts(json.loads(path.read_text())))
 
 
@@ -30,8 +35,11 @@ def row(result: dict[str, Any], setting: str) -> str:
     card, on = result["card"], result["purification_on"]
     lanes = on["report"]["settings"][setting]
     target, trigger = card["target_class"], "badnets"
-    cells = [count(lanes[lane]["acc"]) for lane in ("original", "purified")]
-    cells += [count(lanes[lane]["triggers"][trigger]["asr"][target]) for lane in ("original", "purified")]
+    both = [lanes[lane] for lane in ("original", "purified")]
+    cells = [lane.get("unmeasured") or count(lane["acc"]) for lane in both]
+    cells += [
+        "–" if "unmeasured" in lane else count(lane["triggers"][trigger]["asr"][target]) for lane in both
+    ]
     outcomes = [result[key]["report"]["outcome"] for key in ("purification_off", "purification_on")]
     return f"| {result['model']} | {setting} | " + " | ".join([*cells, *outcomes]) + " |"
 
@@ -42,6 +50,8 @@ def lifts(result: dict[str, Any]) -> str:
     for lane in ("original", "purified"):
         found = []
         for name, lanes in result["purification_on"]["report"]["settings"].items():
+            if "unmeasured" in lanes[lane]:
+                continue
             trigger = lanes[lane]["triggers"]["badnets"]
             gained, lost = trigger["lift"][target]
             found.append(((gained - lost) / trigger["asr"][target][1], name))
