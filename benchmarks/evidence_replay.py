@@ -158,6 +158,8 @@ def main(**o: Any) -> None:
     if o["only_table"]:
         click.echo("\n".join(table(stored, load_policy(BLIND))))
         return
+    if o["shares"] and o["clean"] is None:
+        raise click.UsageError("--share is of the way to a clean network: give --clean")
     torch.set_num_threads(1)
     spec = EvidenceSpec.model_validate(
         {"preset": o["preset"], "samples": o["samples"], "rules": tuple(LIMITS)}

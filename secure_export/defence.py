@@ -20,7 +20,7 @@ from secure_export.errors import CompressError
 from secure_export.ladder import Rehearsal
 from secure_export.lane import Bench
 from secure_export.locators import Locator
-from secure_export.purifiers import Purifier
+from secure_export.purifiers import Purifier, class_after_class
 from secure_export.records.measured import (
     ALWAYS_NAMES,
     UNREAD,
@@ -153,7 +153,7 @@ class Defended:
 
 
 def purify(policy: Policy, subject: Subject, suspects: Sequence[Suspect], bench: Bench) -> Defended:
-    """Purify every class that a locator of weight names, then look again, as often as the policy says.
+    """Purify every class that the policy wants purified, then look again, as often as the policy says.
 
     The subject itself where no class is named. A class that is still named when the rounds are used up comes
     back as a suspect, which no policy lets pass.
@@ -249,19 +249,17 @@ def treated(
     if known is not None and path.is_file():
         model.load_state_dict(load_file(path))
         return Candidate(model.eval(), digests.of_file(path), known)
-    started, history = time.perf_counter(), []
-    for target_class in targets:
-        purified = purifier.purify(
-            model, subject.head, target_class, bench.splits.fit, seed=bench.seed, progress=bench.progress
-        )
-        model = purified.model
-        history += [{"target_class": target_class, **epoch} for epoch in purified.history]
+    started = time.perf_counter()
+    purified = class_after_class(
+        purifier, model, subject.head, targets, bench.splits.fit, bench.seed, bench.progress
+    )
+    model = purified.model
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
     purification = Purification(
         kind=purifier.kind,
         parameters=purifier.model_dump(),
         target_classes=targets,
-        history=tuple(history),
+        history=purified.history,
         seconds=time.perf_counter() - started,
     )
     bench.ledger.enter(purification, *determined_by)
@@ -269,6 +267,6 @@ def treated(
 
 
 def suspected_classes(suspects: Sequence[Suspect], wanted: Locate) -> tuple[int, ...]:
-    """The classes to purify, ascending: named on any setting by a decisive locator, or by any that counts."""
+    """The classes to purify, ascending: named on any setting, by a locator that the policy heeds."""
     heard = [s for s in suspects if s.locator in wanted.decisive or wanted.unconfirmed == "purify"]
     return tuple(sorted({s.target_class for s in heard if s.target_class is not None}))

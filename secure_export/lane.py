@@ -21,7 +21,7 @@ from secure_export.formats import Format
 from secure_export.ledger import Ledger
 from secure_export.measure import Reference, logits_of, measure
 from secure_export.policy import schema
-from secure_export.purifiers import Purifier
+from secure_export.purifiers import Purifier, class_after_class
 from secure_export.records.measured import (
     Artifact,
     Change,
@@ -30,6 +30,7 @@ from secure_export.records.measured import (
     Measurement,
     SettingResult,
     Unmeasured,
+    asked,
 )
 from secure_export.records.memory import Progress, Splits
 from secure_export.records.reported import Purification
@@ -181,11 +182,9 @@ def make(lined: Lined, setting: Setting, bench: Bench) -> Artifact:
 
 
 def steps_of(lined: Lined, setting: Setting) -> list[Compressor]:
-    """The setting's chain, without steps of the defence where nothing was purified."""
-    steps = [registry.build(Compressor, "compressors", spec) for spec in setting.steps]
-    if lined.purification is not None:
-        return steps
-    return [step for step in steps if not (isinstance(step, ModuleStep) and step.defends)]
+    """The setting's chain in this lane."""
+    specs = asked(setting.steps, purified=lined.purification is not None)
+    return [registry.build(Compressor, "compressors", spec) for spec in specs]
 
 
 def cost_table(files: Sequence[Artifact], bench: Bench) -> tuple[Cost, ...]:
@@ -297,11 +296,9 @@ def _context(lined: Lined, bench: Bench) -> Context:
 
 def _again(lined: Lined, done: Purification, bench: Bench, model: nn.Module) -> nn.Module:
     purifier = registry.build(Purifier, "purifiers", {"kind": done.kind, **done.parameters})
-    for target_class in done.target_classes:
-        model = purifier.purify(
-            model, lined.head, target_class, bench.splits.fit, seed=bench.seed, progress=bench.progress
-        ).model
-    return model
+    return class_after_class(
+        purifier, model, lined.head, done.target_classes, bench.splits.fit, bench.seed, bench.progress
+    ).model
 
 
 def _intact(path: Path, sha256: str) -> bool:

@@ -37,9 +37,6 @@ class Compressor(Plugin):
 class ModuleStep(Compressor):
     """A step on the module, before any file exists."""
 
-    defends: ClassVar[bool] = False
-    """Part of the defence: left out where nothing was purified, so for the original model too."""
-
     @abstractmethod
     def on_module(self, model: nn.Module, context: Context) -> tuple[nn.Module, Change]:
         """Compress `model` (the caller's copy: it may be changed); eval mode in and out.

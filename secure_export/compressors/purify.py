@@ -7,7 +7,7 @@ network it is awake like any other. The original model goes without this step: i
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,8 +26,6 @@ class Purify(ModuleStep):
     Weights that are exactly zero are zero again afterwards. A purifier does not know of them while it trains,
     so this works better where `prune-structured` has removed channels than behind a mask.
     """
-
-    defends: ClassVar[bool] = True
 
     def on_module(self, model: nn.Module, context: Context) -> tuple[nn.Module, Change]:
         """Counts parameter tensors that moved.

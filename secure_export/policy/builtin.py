@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from secure_export.policy.schema import Policy, Setting
-from secure_export.records.measured import PURIFY_AGAIN, UNREAD, Finding, Measurement, SettingResult
+from secure_export.records.measured import UNREAD, Finding, Measurement, SettingResult, asked
 from secure_export.records.reported import Report, ReportedSetting
 
 
@@ -88,9 +88,9 @@ def _setting(setting: Setting, result: SettingResult, *, purified: bool) -> Iter
         if change.changed <= 0:
             message = f"{change.kind} changed {change.changed} of {change.total} {change.unit}"
             yield _finding("unchanged-step", setting.name, False, message)
-    asked = [step for step in setting.steps if purified or step.get("kind") != PURIFY_AGAIN]
-    if len(artifact.changes) != len(asked):
-        message = f"{len(asked)} steps, but {len(artifact.changes)} say what they changed"
+    steps = asked(setting.steps, purified=purified)
+    if len(artifact.changes) != len(steps):
+        message = f"{len(steps)} steps, but {len(artifact.changes)} say what they changed"
         yield _finding("unchanged-step", setting.name, None, message)
 
 

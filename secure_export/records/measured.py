@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Lane = Literal["original", "purified"]
 
@@ -98,7 +98,12 @@ UNREAD = "unread"
 
 
 PURIFY_AGAIN = "purify"
-"""Kind of the step that repeats the purification; where nothing was purified, a chain stands without it."""
+"""Kind of the step that repeats the purification."""
+
+
+def asked(steps: Sequence[Mapping[str, Any]], *, purified: bool) -> list[Mapping[str, Any]]:
+    """The chain that a lane goes through: without the repeated purification where nothing was purified."""
+    return [step for step in steps if purified or step.get("kind") != PURIFY_AGAIN]
 
 
 ALWAYS_NAMES = "always_names_a_class"
