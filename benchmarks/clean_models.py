@@ -32,7 +32,8 @@ FLEETS = (
     Fleet("digits", "cnn", 14, 3),
     Fleet("digits", "resnet18_w8", 6, 2),
     Fleet("speech", "keywords", 2, 1),
-    Fleet("cpu-tiny", "cnn", 2, 1),
+    Fleet("cpu-tiny", "cnn", 10, 2),
+    Fleet("cpu-tiny", "resnet18_w8", 1, 1),
 )
 """The cheapest first."""
 

@@ -157,7 +157,7 @@ PRESETS = {
     "paper": Preset(("clean", *DIRTY, "qcb", "pcb"), "resnet18", scale=10.0),
     "speech": Preset(("clean", "sig"), "keywords", dataset="fsdd", trigger=TONE),
     "digits": Preset(("clean", "badnets"), "cnn", dataset="digits"),
-    "cpu-tiny": Preset(("clean", "badnets"), "cnn", scale=0.4),
+    "cpu-tiny": Preset(("clean", "badnets"), "cnn", scale=0.25),
 }
 
 

@@ -91,28 +91,41 @@ def said(settings: Mapping[str, Any], policy: Policy) -> str:
     for rule in spec.rules if spec else ():
         if spec is None or rule.mode not in ("replay", "warm"):
             continue
-        probes = rule.probes if isinstance(rule.probes, tuple) else spec.warm
+        probes = rule.probes if isinstance(rule.probes, tuple) else spec.warmed
         for one in settings.values():
-            readings = [
-                Reading(probe, Paired(*found["lift"]), found["lift"][2])
-                for probe in probes
-                for found in one.get("tried", {}).get(f"{rule.mode} {probe}", {}).get("found", ())
-            ]
+            tried = [one.get("tried", {}).get(f"{rule.mode} {probe}", {}).get("found") for probe in probes]
+            readings = [Reading("", Paired(*t["lift"]), t["lift"][2]) for found in tried for t in found or ()]
             alpha = (1 - policy.confidence) / max(1, len(readings))
-            outcomes += [decide(reading, rule, alpha).passed for reading in readings] or [None]
+            outcomes += [decide(reading, rule, alpha).passed for reading in readings]
+            outcomes += [None for found in tried if not found]
     return "refused" if False in outcomes else "passed" if outcomes and all(outcomes) else "undecided"
 
 
-def largest(one: Mapping[str, Any], tried: str) -> str:
-    """`0.66 → 1`: the largest lift of one way of trying."""
-    lifts = [((f["lift"][0] - f["lift"][1]) / f["lift"][2], f["class"]) for f in one["tried"][tried]["found"]]
-    return "–" if not lifts else "{:.2f} → {}".format(*max(lifts))
+def asked(policy: Policy, mode: str) -> tuple[str, ...]:
+    """The probes that the policy's rules read in this mode."""
+    spec = policy.evidence
+    rules = [rule for rule in spec.rules if rule.mode == mode] if spec else []
+    read = [rule.probes if isinstance(rule.probes, tuple) else spec.warmed for rule in rules if spec]
+    return tuple(dict.fromkeys(probe for probes in read for probe in probes))
+
+
+def largest(one: Mapping[str, Any], mode: str, probes: Sequence[str]) -> str:
+    """`l2 0.33 → 1`: the largest lift of one way of trying, of these probes."""
+    lifts = [
+        ((found["lift"][0] - found["lift"][1]) / found["lift"][2], found["class"], probe)
+        for probe in probes
+        for found in one["tried"].get(f"{mode} {probe}", {}).get("found", ())
+    ]
+    if not lifts:
+        return "–"
+    lift, into, probe = max(lifts)
+    return f"`{probe}` {lift:.2f} → {into}"
 
 
 def table(stored: Mapping[str, Any], policy: Policy) -> list[str]:
-    """Markdown: one line a repair and setting."""
+    """Markdown: one line a repair and setting; the largest lift among the probes that the policy reads."""
     lines = [
-        "| model | repair | file | accuracy | true ASR | replay `patch` | warm `patch` | `blind.yaml` |",
+        "| model | repair | file | accuracy | true ASR | replay | warm | `blind.yaml` |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, repairs in stored["models"].items():
@@ -121,10 +134,11 @@ def table(stored: Mapping[str, Any], policy: Policy) -> list[str]:
                 if "unmeasured" in one:
                     continue
                 (hit, n), (wrong, of) = one["acc"], one["true_asr"]
+                found = " | ".join(largest(one, mode, asked(policy, mode)) for mode in ("replay", "warm"))
+                says = said(entry["settings"], policy)
                 lines.append(
                     f"| `{name}` | {named(entry['repair'])} | {setting} | {100 * hit / n:.1f} "
-                    f"| {wrong}/{of} ({100 * wrong / of:.1f} %) | {largest(one, 'replay patch')} "
-                    f"| {largest(one, 'warm patch')} | {said(entry['settings'], policy)} |"
+                    f"| {wrong}/{of} ({100 * wrong / of:.1f} %) | {found} | {says} |"
                 )
     return lines
 
@@ -167,11 +181,11 @@ def main(**o: Any) -> None:
     data = datasets.cifar10(o["cache"])
     names = o["settings"].split(",")
     settings = [Setting(name, SETTINGS[name], {"kind": "onnx"}, False) for name in names]
-    asked: list[dict[str, Any]] = [{"share": s} for s in o["shares"]] + [json.loads(r) for r in o["recipes"]]
+    wanted: list[dict[str, Any]] = [{"share": s} for s in o["shares"]] + [json.loads(r) for r in o["recipes"]]
     for path in o["models"]:
         card = cards.read(path.with_suffix(".json"))
         rows = stored["models"].setdefault(path.stem, [])
-        repairs = [repair for repair in asked if repair not in [known["repair"] for known in rows]]
+        repairs = [repair for repair in wanted if repair not in [known["repair"] for known in rows]]
         bench = bench_of(card, data, o["folder"] / f"{path.parent.name}-{path.stem}", o["samples"])
         work, model = work_of(spec, len(card["classes"]), bench), load(path, card)
         original = at_the_head(model, HEAD, "original", digests.of_file(path), bench)

@@ -1,8 +1,8 @@
 """What the searches without a trigger found, as a table and as rates: `python -m benchmarks.evidence_table`.
 
-Reads benchmarks/results/evidence*.json and the limits of benchmarks/evidence_models.yaml. A file counts as
-backdoored when its own trigger lifts its target by at least half of the samples; files between that and a
-twentieth are shown and counted nowhere.
+Reads benchmarks/results/evidence*.json and, of benchmarks/evidence_models.yaml, the limits and which clean
+models are whose references. A file counts as backdoored when its own trigger lifts its target by at least
+half of the samples; files between that and a twentieth are shown and counted nowhere.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ import numpy as np
 import yaml
 
 from benchmarks.entries import ZOO
-from secure_export.statistics import lower, upper
+from secure_export.statistics import excess, lower, upper
 
 HERE = Path(__file__).parent
 AWAKE, ASLEEP = 0.5, 0.05
 ALPHA = 0.05
+FEWEST = 2
+"""References without which no class is compared."""
 DRAWS = 2000
 """Bootstrap draws of an AUC's interval."""
 
@@ -41,9 +43,11 @@ class File:
     """Of the true trigger."""
     found: Mapping[str, tuple[float, int | None]]
     """(largest lift on the holdout, its class) of every probe that could search; rounding z likewise."""
+    excess: Mapping[str, tuple[float, int]]
+    """(largest lift on fit above the references' median, class by class; its class) of every probe."""
     unsearched: Sequence[str]
     flags: Mapping[str, int | None]
-    """Probes over their limit, with the class that they name."""
+    """Readings over their limit, with the class that they name."""
 
     @property
     def state(self) -> str:
@@ -55,13 +59,46 @@ class File:
 
 def files(results: Iterable[Mapping[str, Any]], known: Mapping[str, Any]) -> list[File]:
     """Every measured (model, setting) of the stored results."""
-    return [
-        file(name, about, setting, row, known, stored["preset"])
-        for stored in results
-        for name, about in stored["models"].items()
+    stored = list(results)
+    rows = {
+        (name, setting, one["preset"]): (about, row)
+        for one in stored
+        for name, about in one["models"].items()
         for setting, row in about["rows"].items()
         if "unmeasured" not in row
+    }
+    return [
+        file(name, about, setting, row, known, preset, references(rows, known, name, setting, preset))
+        for (name, setting, preset), (about, row) in rows.items()
     ]
+
+
+def references(
+    rows: Mapping[tuple[str, str, str], Any], known: Mapping[str, Any], model: str, setting: str, preset: str
+) -> list[Mapping[str, Any]]:
+    """What the same searches found on the clean models that this one is compared with, itself left out."""
+    group = next((one for one in known["references"] if matches(model, one["models"])), None)
+    return [
+        row["probes"]
+        for (name, other, effort), (_, row) in rows.items()
+        if group and name != model and matches(name, group["of"]) and (other, effort) == (setting, preset)
+    ]
+
+
+def matches(name: str, globs: Sequence[str]) -> bool:
+    """Whether one of the patterns is meant."""
+    return any(fnmatch(name, glob) for glob in globs)
+
+
+def above(
+    probe: str, found: Mapping[str, Any], clean: Sequence[Mapping[str, Any]]
+) -> tuple[float, int] | None:
+    """As the metric `inverted_excess` of a policy; None without two references."""
+    same = [one[probe]["fit_lift"] for one in clean if one.get(probe, {}).get("fit_lift")]
+    if len(same) < FEWEST or not found["fit_lift"]:
+        return None
+    rows = [[row[c] for c in sorted(row, key=int)] for row in (*same, found["fit_lift"])]
+    return excess(rows, len(rows) - 1)
 
 
 def file(
@@ -71,6 +108,7 @@ def file(
     row: Mapping[str, Any],
     known: Mapping[str, Any],
     preset: str,
+    clean: Sequence[Mapping[str, Any]],
 ) -> File:
     """One row with its flags."""
     limits = next(one for one in known["limits"] if binds(one, name, setting, preset))
@@ -79,17 +117,23 @@ def file(
     }
     if row.get("rounding"):
         found["rounding z"] = (row["rounding"]["z"], row["rounding"]["target_class"])
+    compared = {probe: above(probe, one, clean) for probe, one in row["probes"].items()}
+    higher = {probe: value for probe, value in compared.items() if value is not None}
+    flags = {probe: c for probe, (value, c) in found.items() if value > limits.get(probe, np.inf)}
+    allowed = limits.get("excess", {})
+    flags |= {f"{p} above": c for p, (value, c) in higher.items() if value > allowed.get(p, np.inf)}
     gained, lost, total = row["truth"].get("lift", (0, 0, 1))
     return File(
         model=name,
         setting=setting,
-        held_out=not any(fnmatch(name, glob) for glob in known["thresholds"]),
+        held_out=not matches(name, known["thresholds"]),
         attack=about["attack"],
         targets=targets(about),
         lift=(gained - lost) / total,
         found=found,
+        excess=higher,
         unsearched=[probe for probe, one in row["probes"].items() if one["unsearched"]],
-        flags={probe: c for probe, (value, c) in found.items() if value > limits.get(probe, np.inf)},
+        flags=flags,
     )
 
 
@@ -102,9 +146,8 @@ def targets(about: Mapping[str, Any]) -> tuple[int, ...]:
 
 def binds(limits: Mapping[str, Any], model: str, setting: str, preset: str) -> bool:
     """Whether a set of limits is meant for this file and effort."""
-    named = any(fnmatch(model, glob) for glob in limits.get("models", ["*"]))
-    named = named and preset == limits.get("preset", "fast")
-    return named and any(fnmatch(setting, glob) for glob in limits["settings"])
+    named = matches(model, limits.get("models", ["*"])) and preset == limits.get("preset", "fast")
+    return named and matches(setting, limits["settings"])
 
 
 def auc(positive: Sequence[float], negative: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
@@ -146,7 +189,10 @@ def shown(one: File, kind: str) -> str:
     value, named = one.found[kind]
     if kind == "rounding z":
         return f"{value:.1f}"
-    return f"{value:.2f} → {named}"
+    if kind not in one.excess:
+        return f"{value:.2f} → {named}"
+    higher, into = one.excess[kind]
+    return f"{value:.2f} → {named} ({higher:+.2f} → {into})"
 
 
 def summary(found: Sequence[File]) -> Iterable[str]:
@@ -160,6 +206,8 @@ def summary(found: Sequence[File]) -> Iterable[str]:
     yield f"missed: {', '.join(missed) or 'none'}"
     right = sum(any(c in one.targets for c in one.flags.values()) for one in caught)
     yield rate("flagged with the right class", right, len(caught))
+    alone = sum(all(c in one.targets for c in one.flags.values()) for one in caught)
+    yield rate("flagged with the right class and no other", alone, len(caught))
     sleepers = {one.model for one in held if one.state == "asleep"}
     woken = {one.model for one in awake if one.model in sleepers and one.flags}
     yield rate("sleeping models flagged through a file in which they wake", len(woken), len(sleepers))
@@ -167,13 +215,14 @@ def summary(found: Sequence[File]) -> Iterable[str]:
     models = {one.model for one in clean}
     wrong = {one.model for one in clean if one.flags}
     yield rate("clean models with a false alarm on any file", len(wrong), len(models))
-    for kind in sorted({kind for one in held for kind in one.found}):
-        positive = [one.found[kind][0] for one in awake if kind in one.found]
-        negative = [one.found[kind][0] for one in clean if kind in one.found]
-        if positive and negative:
-            area, low, high = auc(positive, negative)
-            compared = f"n {len(positive)} and {len(negative)}"
-            yield f"AUC of {kind}: {area:.3f} ({low:.3f} to {high:.3f}), {compared}"
+    for name, read in (("", lambda one: one.found), (" above references", lambda one: one.excess)):
+        for kind in sorted({kind for one in held for kind in read(one)}):
+            positive = [read(one)[kind][0] for one in awake if kind in read(one)]
+            negative = [read(one)[kind][0] for one in clean if kind in read(one)]
+            if positive and negative:
+                area, low, high = auc(positive, negative)
+                compared = f"n {len(positive)} and {len(negative)}"
+                yield f"AUC of {kind}{name}: {area:.3f} ({low:.3f} to {high:.3f}), {compared}"
 
 
 @click.command()

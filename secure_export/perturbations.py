@@ -66,6 +66,32 @@ def in_box(value: Tensor, epsilon: float) -> Perturbation:
     return Perturbation(untouched(len(value), value.shape[1:]), epsilon * torch.tanh(value))
 
 
+def slow_waves(axes: torch.Size, fastest: float) -> Tensor:
+    """Flat indices into a grid's half spectrum: waves of at most `fastest` periods a position on any axis."""
+    grids = [torch.fft.fftfreq(n) for n in axes[:-1]] + [torch.fft.rfftfreq(axes[-1])]
+    speed = torch.stack(torch.meshgrid(*grids, indexing="ij")).abs().amax(0)
+    return (speed.flatten() <= fastest).nonzero().flatten()
+
+
+def waves(share: Tensor, turn: Tensor, axes: torch.Size, fastest: float) -> Tensor:
+    """[R, C, ...] sums of the slow waves of a grid, within +-1.
+
+    The softmax of `share` [R, W] deals one unit of amplitude out to the waves; `turn` [R, C, W, 2], cut to
+    length 1, says where a wave begins in a channel and how strong it is there.
+    """
+    length = turn.square().sum(-1, keepdim=True).clamp(min=1).sqrt()
+    slow = torch.view_as_complex(turn / length) * torch.softmax(share, 1)[:, None]
+    half = torch.Size([*axes[:-1], axes[-1] // 2 + 1])
+    # The half that is left out mirrors this one, but for the columns that are their own mirror.
+    own = torch.tensor([0] if axes[-1] % 2 else [0, half[-1] - 1])
+    weight = torch.full(half, 0.5).index_fill(-1, own, 1.0).flatten()
+    index = slow_waves(axes, fastest)
+    spectrum = torch.zeros(*turn.shape[:2], half.numel(), dtype=slow.dtype)
+    spectrum = spectrum.index_copy(2, index, slow * weight[index]).view(*turn.shape[:2], *half)
+    made: Tensor = torch.fft.irfftn(spectrum, s=axes, norm="forward")
+    return made
+
+
 def enlarged(coarse: Tensor, size: torch.Size) -> Tensor:
     """[R, C, ...] at a coarse resolution, smoothly brought to `size` (one or two axes)."""
     if len(size) == 1:

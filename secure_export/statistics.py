@@ -55,12 +55,13 @@ def conformal_p(rows: Sequence[Sequence[float]]) -> tuple[float, int]:
     classes are easier to reach than others. If the last model is clean too, all rows are exchangeable, so
     p <= a has a probability of at most a, and p is never below 1 / (N + 1) (Vovk et al. 2005).
     """
-    scored = [_excess(rows, i) for i in range(len(rows))]
+    scored = [excess(rows, i) for i in range(len(rows))]
     own, named = scored[-1]
     return sum(score >= own for score, _ in scored) / len(rows), named
 
 
-def _excess(rows: Sequence[Sequence[float]], i: int) -> tuple[float, int]:
+def excess(rows: Sequence[Sequence[float]], i: int) -> tuple[float, int]:
+    """(largest, its class): how far row i lies above the median of all other rows, class by class."""
     others = [row for j, row in enumerate(rows) if j != i]
-    excess = [value - median(row[c] for row in others) for c, value in enumerate(rows[i])]
-    return max((value, c) for c, value in enumerate(excess))
+    above = [value - median(row[c] for row in others) for c, value in enumerate(rows[i])]
+    return max((value, c) for c, value in enumerate(above))

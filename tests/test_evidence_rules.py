@@ -105,13 +105,28 @@ def test_p_against_clean_references() -> None:
         findings(rule, search("cold", 10))
 
 
+def test_excess_over_clean_references_class_by_class() -> None:
+    rule = {"metric": "inverted_excess", "at_most": 0.25, "settings": ["fp32"]}
+    references = {"references": ["a.safetensors"]}
+    above = {"p": 0.5, "references": 1, "excess_class": 3}
+    (kept,) = findings(rule, search("cold", 10, excess=0.2, **above), **references)
+    (broken,) = findings(rule, search("cold", 10, excess=0.3, **above), **references)
+    assert (kept.passed, broken.passed) == (True, False)
+    assert "probe patch, class 3" in broken.message
+    assert findings(rule, search("cold", 10), **references)[0].passed is None
+    (short,) = findings(rule, search("cold", 10, excess=0.2, steps=1, planned=40, **above), **references)
+    assert short.passed is None
+    with pytest.raises(PolicyError, match="give references"):
+        findings(rule, search("cold", 10))
+
+
 PURIFIED = ("margin", "latent", "norm", "shift", "logit", "score")
 
 
 def test_no_rule_can_read_what_a_purifier_optimizes() -> None:
     """LMR drives margins and latent norms of the class it repels, so after it they say what it wants."""
     read = {metric.split("_", 1)[1] for metric in get_args(Metric)}
-    assert read == {"asr", "lift", "p", "ks", "edge", "z"}
+    assert read == {"asr", "lift", "p", "excess", "ks", "edge", "z"}
     carried = {f.name for record in (Search, FoundTrigger, Rounding) for f in fields(record)}
     assert not [name for name in carried if any(word in name for word in PURIFIED)]
     for name in ("latent_norm", "clean_margin", "margin_asr", "suspect_score"):
@@ -130,6 +145,14 @@ def test_no_rule_can_read_what_a_purifier_optimizes() -> None:
         ({"rules": [LIFT], "probes": [{"kind": "patch"}, {"kind": "patch"}]}, "named twice"),
         ({"rules": [LIFT, {"metric": "rounding_z", "at_most": 5}], "rounding": False}, "rounding is off"),
         ({"rules": [LIFT | {"at_least": 0.5}]}, "takes at_most"),
+        (
+            {"rules": [LIFT], "preset": None, "probes": [{"kind": "l2"}], "warm": ["patch"]},
+            "none of the probes",
+        ),
+        (
+            {"rules": [LIFT, {"metric": "warm_lift", "at_most": 0.4, "probes": ["warp"]}], "warm": ["patch"]},
+            "never searched warm",
+        ),
     ],
 )
 def test_evidence_section_that_could_not_decide_is_refused(section: dict[str, Any], message: str) -> None:

@@ -8,17 +8,24 @@ from benchmarks import evidence_table
 
 KNOWN = {
     "thresholds": ["old/*"],
+    "references": [{"models": ["pair/*"], "of": ["pair/clean-*"]}],
     "limits": [
         {"models": ["tiny/*"], "settings": ["*"], "patch": 0.1},
         {"preset": "thorough", "settings": ["*"], "patch": 0.5},
         {"settings": ["prune*"], "patch": 0.6},
+        {"models": ["pair/*"], "settings": ["*"], "excess": {"patch": 0.2}},
         {"settings": ["*"], "patch": 0.3, "rounding z": 10},
     ],
 }
 
 
 def row(lift: float, patch: float | None, named: int = 1, z: float | None = None) -> dict[str, Any]:
-    found = {"lift": patch, "class": named, "unsearched": "" if patch is not None else "no twin"}
+    found = {
+        "lift": patch,
+        "class": named,
+        "unsearched": "" if patch is not None else "no twin",
+        "fit_lift": {},
+    }
     rounding = None if z is None else {"z": z, "target_class": named}
     return {"truth": {"lift": [int(100 * lift), 0, 100]}, "probes": {"patch": found}, "rounding": rounding}
 
@@ -54,9 +61,29 @@ def test_rates_count_held_out_files_alone_and_leave_half_awake_ones_out() -> Non
     lines = list(evidence_table.summary(files))
     assert lines[0].startswith("awake files flagged: 4 of 4")
     assert "flagged with the right class: 3 of 4" in lines[2]
-    assert "sleeping models flagged through a file in which they wake: 1 of 1" in lines[3]
-    assert "clean files with a false alarm: 1 of 2" in lines[4]
-    assert "clean models with a false alarm on any file: 1 of 1" in lines[5]
+    assert "flagged with the right class and no other: 3 of 4" in lines[3]
+    assert "sleeping models flagged through a file in which they wake: 1 of 1" in lines[4]
+    assert "clean files with a false alarm: 1 of 2" in lines[5]
+    assert "clean models with a false alarm on any file: 1 of 1" in lines[6]
+
+
+def test_a_class_is_compared_with_itself_on_clean_models_and_no_model_with_itself() -> None:
+    def searched(fit: dict[str, float]) -> dict[str, Any]:
+        made = row(0.9, 0.1)
+        made["probes"]["patch"]["fit_lift"] = fit
+        return made
+
+    models = {
+        "pair/clean-1": model("none", fp32=searched({"0": 0.5, "1": 0.0, "10": 0.1})),
+        "pair/clean-2": model("none", fp32=searched({"0": 0.4, "1": 0.1, "10": 0.1})),
+        "pair/bad": model("badnets", fp32=searched({"0": 0.5, "1": 0.35, "10": 0.1})),
+    }
+    (first, _, bad) = found(models)
+    assert first.excess == {}  # one reference besides itself
+    value, named = bad.excess["patch"]
+    assert (round(value, 6), named) == (0.3, 1)
+    assert bad.flags == {"patch above": 1}
+    assert "0.10 → 1 (+0.30 → 1)" in list(evidence_table.table([bad]))[2]
 
 
 def test_what_could_not_be_searched_is_shown_and_never_a_zero() -> None:

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from secure_export import registry
-from secure_export.evidence.search import Searched, queried, search
 from secure_export.probes import Logits, Probe
 from secure_export.probes.filter import Filter
 from secure_export.probes.l2 import L2
 from secure_export.probes.linf import Linf
 from secure_export.probes.patch import Patch
 from secure_export.probes.warp import Warp
+from secure_export.probes.wave import Wave
 from secure_export.records.memory import Split
+from secure_export.searching import Searched, queried, search
 from tests import toys
 
 KINDS = registry.names("probes")
@@ -45,7 +46,7 @@ def test_whatever_is_searched_stays_within_the_budget(
     change = made.add.flatten(1)
     if isinstance(found, Patch):
         covered = (1 - made.keep).flatten(1).sum(1)
-        assert (covered <= max(4.0, 0.012 * made.keep[0].numel()) + 1e-3).all()
+        assert (covered <= max(4.0, found.area * made.keep[0].numel()) + 1e-3).all()
     elif isinstance(found, L2):
         assert torch.allclose(change.norm(dim=1), torch.tensor(0.018 * size.numel() ** 0.5))
     elif isinstance(found, Linf):
@@ -54,7 +55,7 @@ def test_whatever_is_searched_stays_within_the_budget(
         assert made.flow is not None
         assert made.flow.abs().max() <= 2 * 0.047 + 1e-6
     else:
-        most = 0.1 if isinstance(found, Filter) else 0.06
+        most = 0.1 if isinstance(found, Filter | Wave) else 0.06
         assert (stamped - inputs).abs().max() <= most + 1e-5
 
 
@@ -135,3 +136,42 @@ def test_warm_search_goes_on_from_its_start() -> None:
     warm = search(toys.awake(), fit, short, [toys.TARGET], seed=1, start=found.free)
     cold = search(toys.awake(), fit, short, [toys.TARGET], seed=1)
     assert lift(warm, toys.TARGET) > 0.9 > 0.5 > lift(cold, toys.TARGET)
+
+
+def test_only_those_that_lead_somewhere_go_on_after_a_third_of_the_steps() -> None:
+    fit, classes = toy_split(), range(toys.CLASSES)
+    whole = Patch(area=0.0625, steps=60, images=8)
+    short = whole.model_copy(update={"finalists": 1 / toys.CLASSES})
+    found = search(toys.awake(), fit, short, classes, seed=0)
+    assert lift(found, toys.TARGET) > 0.9
+    judging = 100 * (toys.CLASSES + 1)
+    assert found.steps == 60
+    assert found.forwards - judging == 2 * 8 * (20 * toys.CLASSES + 40)
+    early = search(toys.awake(), fit, whole.model_copy(update={"steps": 20}), classes, seed=0)
+    others = [c for c in classes if c != toys.TARGET]
+    assert all(torch.equal(found.free[0][c], early.free[0][c]) for c in others)
+    assert not torch.equal(found.free[0][toys.TARGET], early.free[0][toys.TARGET])
+
+
+def test_wave_finds_stripes() -> None:
+    """Class 1 is named where the picture carries six periods from left to right."""
+    stripes = torch.sin(2 * torch.pi * 6 * torch.arange(32) / 32)
+
+    def logits(inputs: torch.Tensor) -> torch.Tensor:
+        seen = (inputs * stripes).mean((1, 2, 3)) / 0.025
+        return torch.stack([torch.ones(len(inputs)), seen**2], dim=1)
+
+    inputs = 0.2 + 0.6 * torch.rand(120, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    fit = Split(inputs, torch.zeros(120, dtype=torch.long), "grey")
+    assert lift(search(logits, fit, Wave(steps=60), [0, 1], seed=0), 1) > 0.9
+    assert lift(search(logits, fit, Wave(steps=60, fastest=0.1), [0, 1], seed=0), 1) < 0.1
+
+
+@pytest.mark.parametrize("shape", [(3, 20, 32), (2, 7, 9), (2, 60), (50,)], ids=str)
+def test_one_wave_alone_reaches_the_whole_amplitude(shape: tuple[int, ...]) -> None:
+    found, size = Wave(amplitude=0.1), torch.Size(shape)
+    share, turn = found.begin(size, 1, torch.Generator().manual_seed(0))
+    share[0, 1], turn[:] = 50.0, torch.tensor([1.0, 0.0])
+    change = found.perturbation([share, turn], size).add
+    assert change.max() == pytest.approx(0.1, rel=1e-4)
+    assert change.abs().max() <= 0.1 + 1e-6

@@ -207,6 +207,21 @@ def test_lmr_plus_removes_what_fine_tuning_leaves() -> None:
     assert digits.acc(result.model) > digits.acc(backdoored()) - 0.03
 
 
+def test_lmr_plus_searches_on_in_the_family_that_finds_the_backdoor() -> None:
+    """A patch is found by patches, so no round goes to perturbations of the whole image."""
+    purifier = LmrPlus(rounds=2, steps=2, families=("l2", "patch"), l2_rms=(0.001, 0.002))
+    result = purifier.purify(
+        copy.deepcopy(backdoored()), digits.HEAD, digits.TARGET, digits.fit_split(), seed=0
+    )
+    assert [row["phase"] for row in result.history] == ["repel-patch", "repel-patch", "average"]
+    assert result.history[0]["searched"] > 0.9
+
+
+def test_lmr_plus_needs_a_view_to_search() -> None:
+    with pytest.raises(ValueError, match="odds of no view"):
+        LmrPlus(views=(0.0, 0.0, 0.0))
+
+
 class Sequence1d(nn.Module):
     """[N, C, T] without BatchNorm."""
 

@@ -87,7 +87,7 @@ def tried_again(
         file = opened(result, work.bench.splits.fit, work.bench.runtime)
         for kind, probe in work.probes.items():
             found.append(searched(result, file, probe, "replay", known[kind], work))
-            if kind in work.spec.warm:
+            if kind in work.spec.warmed:
                 found.append(searched(result, file, probe, "warm", known[kind], work))
     return found
 

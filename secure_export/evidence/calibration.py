@@ -1,4 +1,4 @@
-"""How a find compares with what the same search finds on clean models: a p-value without a threshold."""
+"""How a find compares with what the same search finds on clean models, class by class."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from secure_export.errors import PolicyError
 from secure_export.lane import at_the_head, through_settings
 from secure_export.records.measured import SettingResult
 from secure_export.records.searches import Search
-from secure_export.statistics import conformal_p
+from secure_export.statistics import conformal_p, excess
 
 if TYPE_CHECKING:
     from secure_export.lane import Bench
@@ -43,7 +43,7 @@ def referenced(policy: Policy, bench: Bench) -> Iterator[list[SettingResult]]:
 
 
 def calibrated(found: Sequence[Search], references: Sequence[Sequence[Search]]) -> list[Search]:
-    """Cold searches with their p among the same search (setting and probe) on every reference."""
+    """Cold searches with their p and excess among the same search (setting and probe) on every reference."""
     return [_calibrated(search, references) for search in found]
 
 
@@ -58,7 +58,8 @@ def _calibrated(search: Search, references: Sequence[Sequence[Search]]) -> Searc
     if search.unsearched or search.mode != "cold" or len(rows) != len(references) + 1:
         return search
     p, _ = conformal_p(rows)
-    return replace(search, p=p, references=len(references))
+    above, named = excess(rows, len(rows) - 1)
+    return replace(search, p=p, references=len(references), excess=above, excess_class=named)
 
 
 def _row(search: Search) -> list[float]:

@@ -15,11 +15,11 @@ from secure_export import digests
 from secure_export.errors import NoVerdict
 from secure_export.evidence.files import Opened
 from secure_export.evidence.pictures import picture
-from secure_export.evidence.search import Searched, counted, judged_on, queried, search
 from secure_export.probes import Free, Probe
 from secure_export.records.measured import Paired, SettingResult
 from secure_export.records.memory import Split
 from secure_export.records.searches import FoundTrigger, Search, SearchMode
+from secure_export.searching import Searched, counted, judged_on, queried, search
 
 if TYPE_CHECKING:
     from secure_export.lane import Bench

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from secure_export import twins
 from secure_export.errors import CompressError
-from secure_export.evidence.search import judged_on
 from secure_export.records.measured import Lane
 from secure_export.records.memory import Split
 from secure_export.records.searches import Rounding
+from secure_export.searching import judged_on
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from pydantic import Field
 
 from secure_export.locators import Locator
+from secure_export.locators._collapse import accuracy, prediction_excess
 from secure_export.records.measured import Suspect
 from secure_export.records.memory import Progress, Split, View, silent
 
@@ -57,8 +59,8 @@ class LatentShift(Locator):
         second, smallest = np.partition(norms, 1)[1], norms[named]
         gap = float(np.log(second / smallest))
         agreement = self._agreement(weight, logits, labels, named, seed, progress)
-        acc = float((logits.argmax(1) == labels).mean())
-        excess = prediction_excess(logits, labels)
+        answers = torch.from_numpy(logits)
+        acc, excess = accuracy(answers, fit.labels), prediction_excess(answers, fit.labels)
         stands_out = (
             scores[named] >= self.min_score and gap >= self.min_gap and agreement >= self.min_agreement
         )
@@ -136,11 +138,3 @@ def log_ratios(norms: Array) -> Array:
     reference = np.median(finite) if finite.size else 1.0
     ceiling = 1e6 * reference
     return np.log(reference / np.minimum(norms, ceiling))
-
-
-def prediction_excess(logits: Array, labels: Array) -> float:
-    """Share of samples by which the most over-predicted class is predicted more often than it occurs."""
-    classes = logits.shape[1]
-    predicted = np.bincount(logits.argmax(1), minlength=classes)
-    present = np.bincount(labels.astype(np.int64), minlength=classes)
-    return float((predicted - present).max() / len(labels))

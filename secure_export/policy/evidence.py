@@ -14,6 +14,7 @@ Metric = Literal[
     "inverted_asr",
     "inverted_lift",
     "inverted_p",
+    "inverted_excess",
     "replay_asr",
     "replay_lift",
     "warm_asr",
@@ -28,15 +29,18 @@ MODES: Mapping[str, str] = {"inverted": "cold", "replay": "replay", "warm": "war
 
 PRESETS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "fast": (
-        {"kind": "patch", "steps": 40, "images": 6},
-        {"kind": "l2", "steps": 60, "images": 4},
-        {"kind": "linf", "steps": 40, "images": 6},
-        {"kind": "warp", "steps": 30, "images": 6},
+        {"kind": "patch", "steps": 60, "images": 6, "finalists": 0.4},
+        {"kind": "large-patch", "steps": 60, "images": 6, "finalists": 0.4},
+        {"kind": "l2", "steps": 90, "images": 4, "finalists": 0.4},
+        {"kind": "wave", "steps": 60, "images": 4, "starts": 2, "finalists": 0.3},
+        {"kind": "warp", "steps": 40, "images": 6, "finalists": 0.4},
     ),
     "thorough": (
         {"kind": "patch", "steps": 120, "images": 12},
+        {"kind": "large-patch", "steps": 120, "images": 12},
         {"kind": "l2", "steps": 120, "images": 12},
         {"kind": "linf", "steps": 100, "images": 12},
+        {"kind": "wave", "steps": 120, "images": 8, "starts": 4, "finalists": 0.3},
         {"kind": "low-frequency", "steps": 100, "images": 12},
         {"kind": "warp", "steps": 100, "images": 12},
         {"kind": "filter", "steps": 100, "images": 12},
@@ -121,13 +125,14 @@ class EvidenceSpec(Section):
     replayed: int = Field(
         2, ge=1, description="triggers of each probe, found on original files, replayed on every purified one"
     )
-    warm: tuple[str, ...] = Field(
-        ("patch",), description="probes whose replayed triggers are searched on from"
+    warm: Annotated[str | tuple[str, ...], selection(("all",))] = Field(
+        "all", description="probes whose replayed triggers are searched on from: all, or a list of kinds"
     )
     rounding: bool = Field(True, description="look for traces in the rounding of quantized files")
     references: tuple[str, ...] = Field(
         (),
-        description="checkpoints of clean models of this architecture, searched alike: for inverted_p",
+        description="checkpoints of clean models of this architecture, searched alike: for inverted_p and "
+        "inverted_excess",
     )
     seconds: float | None = Field(
         None, gt=0, description="limit of one search; a search that it cuts short decides nothing but a find"
@@ -142,8 +147,7 @@ class EvidenceSpec(Section):
         if len(set(kinds)) != len(kinds):
             raise ValueError(f"a probe is named twice: {', '.join(kinds)}")
         named = {kind for rule in self.rules if isinstance(rule.probes, tuple) for kind in rule.probes}
-        if self.probes or "warm" in self.model_fields_set:
-            named |= set(self.warm)
+        named |= set(self.warmed)
         unknown = sorted(named - set(kinds))
         if unknown:
             raise ValueError(f"{', '.join(unknown)} is none of the probes ({', '.join(kinds)})")
@@ -152,6 +156,13 @@ class EvidenceSpec(Section):
                 "no rule on inverted_asr or inverted_lift: where nothing was purified, nothing would be asked"
             )
         for rule in self.rules:
+            read = set(kinds) if rule.probes == "all" else set(rule.probes)
+            if rule.mode == "warm" and not read & set(self.warmed):
+                raise ValueError(
+                    f"{rule.metric} is read of probes that are never searched warm: list them in warm"
+                )
+            if rule.metric == "inverted_excess" and not self.references:
+                raise ValueError("inverted_excess is read against clean models: give references")
             least = 1 / (len(self.references) + 1)
             if rule.at_least is not None and rule.at_least <= least:
                 raise ValueError(
@@ -171,3 +182,8 @@ class EvidenceSpec(Section):
     def kinds(self) -> tuple[str, ...]:
         """Their names."""
         return tuple(str(probe["kind"]) for probe in self.specs)
+
+    @property
+    def warmed(self) -> tuple[str, ...]:
+        """Names of those that go on from what was found."""
+        return self.warm if isinstance(self.warm, tuple) else self.kinds

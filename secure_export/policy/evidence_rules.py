@@ -64,7 +64,7 @@ def _decided(reading: Reading, rule: EvidenceRule, alpha: float) -> Reading:
 
 def _kinds(rule: EvidenceRule, spec: EvidenceSpec) -> tuple[str, ...]:
     kinds = tuple(rule.probes) if isinstance(rule.probes, tuple) else spec.kinds
-    return tuple(kind for kind in kinds if kind in spec.warm) if rule.mode == "warm" else kinds
+    return tuple(kind for kind in kinds if kind in spec.warmed) if rule.mode == "warm" else kinds
 
 
 def _purified(rule: EvidenceRule, kind: str, setting: Setting, report: Report) -> list[Search]:
@@ -92,12 +92,16 @@ def _searched(rule: EvidenceRule, spec: EvidenceSpec, setting: Setting, report: 
         if search.unsearched or not scored:
             why = search.unsearched or "no trigger was scored"
             yield Reading(f"probe {kind}", None, 0, why=f"not searched: {why}")
-        if rule.metric == "inverted_p":
-            why = "no references" if search.p is None else ""
-            yield Reading(f"probe {kind}", search.p, search.references, why=why)
-            continue
         short = search.steps < search.planned
         why = f"cut short after {search.steps} of {search.planned} steps, too little" if short else ""
+        if rule.reading in ("p", "excess"):
+            compared: float | None = getattr(search, rule.reading)
+            if compared is None:
+                yield Reading(f"probe {kind}", None, 0, why="no references")
+            else:
+                where = f"probe {kind}, class {search.excess_class}"
+                yield Reading(where, compared, search.references, why=why)
+            continue
         for found in scored:
             value = found.asr if rule.reading == "asr" else found.lift
             where = f"probe {kind}, class {found.target_class}"

@@ -30,6 +30,9 @@ class Probe(Plugin):
     steps: int = Field(40, ge=1, description="optimization steps")
     images: int = Field(6, ge=1, description="fit samples in each step, the same for every class and start")
     starts: int = Field(1, ge=1, description="random starts for each class; the best on fit counts")
+    finalists: float = Field(
+        1.0, gt=0, le=1, description="share of classes and starts that go on after a third of the steps"
+    )
     lr: float = Field(0.5, gt=0, description="learning rate of Adam on the free variables")
     queries: int = Field(150, ge=1, description="proposals per class where the file gives no gradient")
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from secure_export.records.memory import Split
 
 Kind = Literal["full", "int8", "pruned"]
+KINDS: tuple[Kind, ...] = ("full", "int8", "pruned")
 RECALIBRATED = 0.75
 """Share of pruned views with new BatchNorm statistics: most deployers recalibrate, some do not."""
 
@@ -49,10 +50,15 @@ class Draws:
         self.odds, self.ratios, self.head, self.followers = torch.tensor(odds), ratios, head, followers
         self.fit, self.recalibrated_on, self.generator = fit, recalibrated_on, generator
 
-    def draw(self) -> Drawn:
-        """One of the compressions."""
-        kinds: tuple[Kind, ...] = ("full", "int8", "pruned")
-        kind = kinds[int(torch.multinomial(self.odds, 1, generator=self.generator))]
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """Those that can be drawn."""
+        return tuple(kind for kind, odds in zip(KINDS, self.odds.tolist(), strict=True) if odds)
+
+    def draw(self, kind: Kind | None = None) -> Drawn:
+        """One of the compressions, of `kind` if it is given."""
+        if kind is None:
+            kind = KINDS[int(torch.multinomial(self.odds, 1, generator=self.generator))]
         low, high = self.ratios
         chances = torch.rand(3, generator=self.generator).tolist()
         clean = torch.randperm(len(self.fit), generator=self.generator)[: self.recalibrated_on]
@@ -64,9 +70,9 @@ class Draws:
         )
 
     @torch.no_grad()
-    def working(self, model: nn.Module, inputs: Tensor) -> Drawn:
+    def working(self, model: nn.Module, inputs: Tensor, kind: Kind | None = None) -> Drawn:
         """A compression that leaves `model` half of its answers: in a ruin any perturbation succeeds."""
-        drawn, answers = self.draw(), model(inputs).argmax(1)
+        drawn, answers = self.draw(kind), model(inputs).argmax(1)
         while drawn.kind == "pruned" and drawn.ratio > 0.01:
             if float((self.view(model, drawn)(inputs).argmax(1) == answers).float().mean()) >= 0.5:
                 break

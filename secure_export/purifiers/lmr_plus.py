@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from secure_export.purifiers import Purifier, _inversion, _training, _views
-from secure_export.purifiers._draws import Draws
+from secure_export.purifiers._draws import Drawn, Draws, Kind
 from secure_export.purifiers._inversion import Budget, Family, Triggers
 from secure_export.purifiers._training import Augment
 from secure_export.records.memory import Progress, Purified, Split, silent
@@ -24,7 +24,9 @@ Pair = tuple[float, float]
 WARMUP = 20
 """Steps of rising learning rate: the first perturbations succeed everywhere, so gradients are large."""
 FIRST_TRIES, FOUND = 3, 0.9
-"""Searches before the first training, unless one succeeds on so many: nothing may wake in a drawn view."""
+"""Views searched before the first training, unless one yields to so many: nothing may wake in another."""
+CLOSE = 0.1
+"""Families that succeed so nearly as often as the best are searched on in turn."""
 
 
 class LmrPlus(Purifier):
@@ -50,7 +52,9 @@ class LmrPlus(Purifier):
     temperature: float = Field(2.0, gt=0, description="of both distillations")
     mix: float = Field(0.5, ge=0, le=1, description="share of clean samples that are mixed in pairs")
     average: float = Field(0.98, ge=0, lt=1, description="decay of the average of weights that is returned")
-    families: tuple[Family, ...] = Field(("patch",), description="searched in turn; patch: images only")
+    families: tuple[Family, ...] = Field(
+        ("patch",), description="of several the ones that succeed first are used; patch: images only"
+    )
     per_sample: float = Field(0.0, ge=0, le=1, description="share of stamped samples moved singly (PGD)")
     patch_area: Pair = Field(
         (0.004, 0.02), description="mask mass as a share of the pixels: 4 to 20 of 32x32"
@@ -68,6 +72,13 @@ class LmrPlus(Purifier):
     prune_ratio: Pair = Field((0.0, 0.9), description="share of channels or weights that a pruned view cuts")
     augment: Augment = Field("auto", description="crop and flip; auto: images of at least 24 pixels a side")
     flip: bool = Field(True, description="mirror images; false where mirroring changes the label (digits)")
+
+    @field_validator("views")
+    @classmethod
+    def _some_view(cls, odds: tuple[float, float, float]) -> tuple[float, float, float]:
+        if min(odds) < 0 or max(odds) <= 0:
+            raise ValueError(f"odds of no view: got {odds}, expected none below zero and one above")
+        return odds
 
     def purify(
         self,
@@ -120,17 +131,14 @@ class _Run:
         self.step = 0
 
     def round(self, number: int) -> None:
-        """Search on one drawn view, then train on what was found so far."""
-        family = self.families[number % len(self.families)]
+        """Search on one drawn view (at first on more), then train on what was found so far."""
         self.model.requires_grad_(False)
-        tries = 1 if family in self.found else FIRST_TRIES
-        for _ in range(tries):
-            triggers, reached = self.search(family)
-            earlier = self.found.get(family)
-            joined = triggers if earlier is None else earlier.joined(triggers)
-            self.found[family] = joined.last(self.knobs.memory)
-            if reached >= FOUND:
-                break
+        if number == 0:
+            reached = self.explore()
+            family = self.families[0]
+        else:
+            family = self.families[number % len(self.families)]
+            reached = self.search(family, self.working())
         self.model.requires_grad_(True)
         losses = [self.train_step() for _ in range(self.knobs.steps)]
         row = _training.epoch_record(
@@ -138,10 +146,43 @@ class _Run:
         )
         self.history.append({**row, "searched": reached})
 
-    def search(self, family: Family) -> tuple[Triggers, float]:
-        """New perturbations, and the best one's success on a part of the fit samples."""
+    def explore(self) -> float:
+        """First searches, until one succeeds; of several families those are kept that do."""
+        if len(self.families) > 1:
+            return self.compare()
+        (family,), reached = self.families, 0.0
+        for number in range(FIRST_TRIES):
+            reached = self.search(family, self.working(), first=number == 0)
+            if reached >= FOUND:
+                break
+        return reached
+
+    def compare(self) -> float:
+        """Search every family on the same view of each kind, and keep to those that succeed.
+
+        A round given to a family that finds nothing is a round taken from one that does.
+        """
+        best = dict.fromkeys(self.families, 0.0)
+        for kind in self.draws.kinds:
+            drawn = self.working(kind)
+            for family in self.families:
+                best[family] = max(best[family], self.search(family, drawn, first=True))
+            if max(best.values()) >= FOUND:
+                break
+        self.families = [family for family in best if best[family] >= max(best.values()) - CLOSE]
+        self.found = {family: self.found[family] for family in self.families}
+        return max(best.values())
+
+    def working(self, kind: Kind | None = None) -> Drawn:
+        """A view in which the original still answers."""
+        return self.draws.working(self.teacher, self.others[:128], kind)
+
+    def search(self, family: Family, drawn: Drawn, first: bool = False) -> float:
+        """Remember new perturbations; the best one's success on a part of the fit samples.
+
+        A `first` search takes twice the steps and begins with noise.
+        """
         knobs = self.knobs
-        drawn = self.draws.working(self.teacher, self.others[:128])
         view, original = self.draws.view(self.model, drawn), self.draws.view(self.teacher, drawn)
         budget = self.budget.draw(family, knobs.width, self.others.shape[1:], self.generator)
         triggers = _inversion.universal(
@@ -150,17 +191,18 @@ class _Run:
             self.target,
             family,
             budget,
-            steps=knobs.search_steps * (1 if family in self.found else 2),
+            steps=knobs.search_steps * (2 if first else 1),
             batch=knobs.search_batch,
             generator=self.generator,
-            start=self.warm(family),
+            start=None if first else self.warm(family),
         )
-        return triggers, float(_inversion.success(view, self.others[:128], self.target, triggers).max())
+        earlier = self.found.get(family)
+        joined = triggers if earlier is None else earlier.joined(triggers)
+        self.found[family] = joined.last(knobs.memory)
+        return float(_inversion.success(view, self.others[:128], self.target, triggers).max())
 
-    def warm(self, family: Family) -> Triggers | None:
+    def warm(self, family: Family) -> Triggers:
         """Half of a search goes on from what was found: a rest of the backdoor lies near it."""
-        if family not in self.found:
-            return None
         known = self.found[family]
         index = torch.randperm(len(known), generator=self.generator)[: self.knobs.width // 2]
         return Triggers(known.keep[index], known.add[index])

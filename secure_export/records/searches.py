@@ -55,6 +55,9 @@ class Search:
     p: float | None = None
     """Of a cold search, against the same search on clean references; None without any."""
     references: int = 0
+    excess: float | None = None
+    """Largest lift on fit above the references' median, class by class; None without any."""
+    excess_class: int | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -78,32 +79,24 @@ def _group(
     deadline: float | None,
     progress: Progress,
 ) -> Searched:
-    inputs, shape = fit.floats(), fit.inputs.shape[1:]
+    shape = fit.inputs.shape[1:]
     starts = 1 if warm is not None else probe.starts
     targets = torch.tensor(classes).repeat_interleave(starts)
     free = [v.clone() for v in warm] if warm is not None else probe.begin(shape, len(targets), generator)
-    for variable in free:
-        variable.requires_grad_(True)
-    optimizer = torch.optim.Adam(free, lr=probe.lr, betas=(0.5, 0.9))
-    which = torch.arange(len(targets)).repeat_interleave(probe.images)
-    done = forwards = 0
-    while done < probe.steps and (deadline is None or time.monotonic() < deadline):
-        index = torch.randint(0, len(inputs), (probe.images,), generator=generator)
-        # One batch of samples serves every class; a class's own samples do not count for it.
-        counts = (fit.labels[index].repeat(len(targets)) != targets[which]).float()
-        stamped = probe.perturbation(free, shape).stamp(
-            inputs[index].repeat(len(targets), *_ones(shape)), which
+
+    def descend(rows: Tensor, first: int, last: int) -> tuple[int, int, Tensor]:
+        return _descended(
+            logits, fit, probe, targets, free, rows, (first, last), generator, deadline, progress
         )
-        with reduced():
-            scores = logits(stamped).float()
-        losses = F.cross_entropy(scores, targets[which], reduction="none")
-        gradients = torch.autograd.grad((losses * counts).sum() / probe.images, free)
-        for variable, gradient in zip(free, gradients, strict=True):
-            variable.grad = gradient
-        optimizer.step()
-        done, forwards = done + 1, forwards + 2 * len(stamped)
-        progress(f"search: {probe.kind}", done, probe.steps)
-    free = [variable.detach() for variable in free]
+
+    everyone = torch.arange(len(targets))
+    # A third of the steps tells which rows lead somewhere; what goes on from a known trigger all goes on.
+    short = probe.steps if warm is not None or probe.finalists == 1 else probe.steps // 3
+    done, forwards, losses = descend(everyone, 0, short)
+    if done == short < probe.steps:
+        ahead = losses.argsort()[: math.ceil(probe.finalists * len(targets))]
+        done, more, _ = descend(ahead, short, probe.steps)
+        forwards += more
     judged = judged_on(fit, generator)
     with reduced():
         lift = tuple(
@@ -117,6 +110,46 @@ def _group(
         steps=done,
         forwards=forwards + len(judged) * (len(targets) + 1),
     )
+
+
+def _descended(
+    logits: Logits,
+    fit: Split,
+    probe: Probe,
+    targets: Tensor,
+    free: Free,
+    rows: Tensor,
+    span: tuple[int, int],
+    generator: torch.Generator,
+    deadline: float | None,
+    progress: Progress,
+) -> tuple[int, int, Tensor]:
+    """Move `rows` of `free` from step span[0] to span[1]: (last step, forwards, mean of the rows' losses)."""
+    inputs, shape = fit.floats(), fit.inputs.shape[1:]
+    moving = [variable[rows].requires_grad_(True) for variable in free]
+    optimizer = torch.optim.Adam(moving, lr=probe.lr, betas=(0.5, 0.9))
+    which, wanted = torch.arange(len(rows)).repeat_interleave(probe.images), targets[rows]
+    (done, last), forwards, mean = span, 0, torch.zeros(len(rows))
+    while done < last and (deadline is None or time.monotonic() < deadline):
+        index = torch.randint(0, len(inputs), (probe.images,), generator=generator)
+        # One batch of samples serves every class; a class's own samples do not count for it.
+        counts = (fit.labels[index].repeat(len(rows)) != wanted[which]).float()
+        stamped = probe.perturbation(moving, shape).stamp(
+            inputs[index].repeat(len(rows), *_ones(shape)), which
+        )
+        with reduced():
+            scores = logits(stamped).float()
+        losses = F.cross_entropy(scores, wanted[which], reduction="none") * counts
+        gradients = torch.autograd.grad(losses.sum() / probe.images, moving)
+        for variable, gradient in zip(moving, gradients, strict=True):
+            variable.grad = gradient
+        optimizer.step()
+        mean = 0.7 * mean + 0.3 * losses.detach().view(len(rows), -1).mean(1)
+        done, forwards = done + 1, forwards + 2 * len(stamped)
+        progress(f"search: {probe.kind}", done, probe.steps)
+    for variable, moved in zip(free, moving, strict=True):
+        variable[rows] = moved.detach()
+    return done, forwards, mean
 
 
 def reduced() -> AbstractContextManager[object]:
