@@ -59,7 +59,9 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 @click.option(
     "--only", multiple=True, type=click.Choice(tuple(RECIPES)), help="these purifiers; default: all"
 )
-@click.option("--recipe", "own", multiple=True, help="a purifier as JSON instead of the recipes")
+@click.option(
+    "--recipe", "own", multiple=True, help="a purifier as JSON instead of the recipes; kind none: as it came"
+)
 @click.option("--cache", default="build/data", type=click.Path(path_type=Path), help="CIFAR-10 as arrays")
 @click.option("--out", default=RESULTS, type=click.Path(path_type=Path), help="folder of the trials")
 @click.option("--fit", default=500, show_default=True, help="clean samples of the defender")
@@ -104,21 +106,23 @@ def trial_name(about: Mapping[str, Any], recipe: Mapping[str, Any], fit: int, se
 def trial(card: Path, recipe: dict[str, Any], fit: Split, data: datasets.Images, seed: int) -> dict[str, Any]:
     """One purifier on one model: what it was given, what is left, what it cost."""
     about = cards.read(card)
-    purifier = registry.build(Purifier, "purifiers", recipe)
     model = load(card.with_suffix(".safetensors"), about)
     began = (time.monotonic(), time.process_time())
-    purified = purifier.purify(model, HEAD, about["target_class"], fit, seed=seed)
+    if recipe["kind"] != "none":
+        purifier = registry.build(Purifier, "purifiers", recipe)
+        model = purifier.purify(model, HEAD, about["target_class"], fit, seed=seed).model
+        recipe = {"kind": purifier.kind, **purifier.model_dump(mode="json")}
     cost = (time.monotonic() - began[0], time.process_time() - began[1])
     return {
         "model": about["name"],
         "attack": about["attack"],
         "sha256": about["sha256"],
         "target_class": about["target_class"],
-        "recipe": {"kind": purifier.kind, **purifier.model_dump(mode="json")},
+        "recipe": recipe,
         "seed": seed,
         "fit": len(fit),
         "fit_sha256": digests.of_arrays(fit.inputs.numpy(), fit.labels.numpy()),
-        "settings": measured(purified.model, about, card.parent, data),
+        "settings": measured(model, about, card.parent, data),
         "before": {name: about["measured"][name] for name in wanted(about) if name in about["measured"]},
         "seconds": round(cost[0], 1),
         "cpu_seconds": round(cost[1], 1),

@@ -29,15 +29,25 @@ COLUMNS = (
 @click.option("--results", default=RESULTS, type=click.Path(exists=True, path_type=Path))
 @click.option("--zoo", default=Path("benchmarks/results/zoo.json"), type=click.Path(path_type=Path))
 def main(results: Path, zoo: Path) -> None:
-    """Print one table a recipe, of the trials on the zoo's present weights; before is of 10,000 images."""
+    """Print one table a recipe, of the trials on the zoo's present weights.
+
+    Before is of the same images where a trial of kind none counted them, else of 10,000.
+    """
     present = {name: card["sha256"] for name, card in json.loads(zoo.read_text()).items()}
     trials = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
     trials = [trial for trial in trials if present.get(trial["model"]) == trial["sha256"]]
     recipes: dict[str, list[Any]] = {}
+    alike = {alike_key(trial): trial["settings"] for trial in trials if trial["recipe"]["kind"] == "none"}
     for trial in trials:
+        trial["before"] |= alike.get(alike_key(trial), {})
         recipes.setdefault(json.dumps(trial["recipe"]), []).append(trial)
     for recipe, found in recipes.items():
         click.echo("\n".join(["", heading(json.loads(recipe)), "", *table(found)]))
+
+
+def alike_key(trial: Mapping[str, Any]) -> tuple[str, int]:
+    """The model, and how many test images it was measured on."""
+    return trial["model"], trial["settings"]["fp32"]["acc"][1]
 
 
 def heading(recipe: Mapping[str, Any]) -> str:

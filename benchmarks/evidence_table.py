@@ -229,11 +229,17 @@ def summary(found: Sequence[File]) -> Iterable[str]:
 @click.argument("results", nargs=-1, type=click.Path(exists=True, path_type=Path))
 @click.option("--models", default=HERE / "evidence_models.yaml", type=click.Path(path_type=Path))
 def main(results: tuple[Path, ...], models: Path) -> None:
-    """Print the table and the rates of RESULTS, by default of every stored run of preset `fast`."""
-    stored = results or tuple(sorted((HERE / "results").glob("evidence-zoo*.json")))
+    """Print the tables and the rates of RESULTS, by default of every stored run of preset `fast`."""
+    stored = results or (
+        *sorted((HERE / "results").glob("evidence-zoo*.json")),
+        HERE / "results/evidence-dev.json",
+    )
     found = files((json.loads(path.read_text()) for path in stored), yaml.safe_load(models.read_text()))
-    for line in (*table(found), "", *(f"- {line}" for line in summary(found))):
-        click.echo(line)
+    for heading, held in (("Held out:", True), ("Looked at while limits were set:", False)):
+        if some := [one for one in found if one.held_out == held]:
+            click.echo("\n".join([heading, "", *table(some), ""]))
+    for line in summary(found):
+        click.echo(f"- {line}")
 
 
 if __name__ == "__main__":
