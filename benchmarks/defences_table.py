@@ -37,15 +37,17 @@ def main(results: Path, zoo: Path) -> None:
     trials = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
     trials = [trial for trial in trials if present.get(trial["model"]) == trial["sha256"]]
     recipes: dict[str, list[Any]] = {}
-    alike = {alike_key(trial): trial["settings"] for trial in trials if trial["recipe"]["kind"] == "none"}
+    as_it_came = {
+        images_of(trial): trial["settings"] for trial in trials if trial["recipe"]["kind"] == "none"
+    }
     for trial in trials:
-        trial["before"] |= alike.get(alike_key(trial), {})
+        trial["before"] |= as_it_came.get(images_of(trial), {})
         recipes.setdefault(json.dumps(trial["recipe"]), []).append(trial)
     for recipe, found in recipes.items():
         click.echo("\n".join(["", heading(json.loads(recipe)), "", *table(found)]))
 
 
-def alike_key(trial: Mapping[str, Any]) -> tuple[str, int]:
+def images_of(trial: Mapping[str, Any]) -> tuple[str, int]:
     """The model, and how many test images it was measured on."""
     return trial["model"], trial["settings"]["fp32"]["acc"][1]
 

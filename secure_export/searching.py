@@ -34,6 +34,8 @@ class Searched:
     steps: int
     forwards: int
     """Samples that went through the network, a backward pass counting as one more."""
+    ended: int
+    """Classes that were searched to the last of these steps; the others for a third of them."""
 
 
 def search(
@@ -66,6 +68,7 @@ def search(
         lift=tuple(lift for part in parts for lift in part.lift),
         steps=min(part.steps for part in parts),
         forwards=sum(part.forwards for part in parts),
+        ended=sum(part.ended for part in parts),
     )
 
 
@@ -91,12 +94,13 @@ def _group(
 
     everyone = torch.arange(len(targets))
     # A third of the steps tells which rows lead somewhere; what goes on from a known trigger all goes on.
-    short = probe.steps if warm is not None or probe.finalists == 1 else probe.steps // 3
+    short = probe.steps if warm is not None or probe.finalists == 1 else max(1, probe.steps // 3)
     done, forwards, losses = descend(everyone, 0, short)
+    ended = len(classes)
     if done == short < probe.steps:
         ahead = losses.argsort()[: math.ceil(probe.finalists * len(targets))]
         done, more, _ = descend(ahead, short, probe.steps)
-        forwards += more
+        forwards, ended = forwards + more, len(set(targets[ahead].tolist()))
     judged = judged_on(fit, generator)
     with reduced():
         lift = tuple(
@@ -109,6 +113,7 @@ def _group(
         lift=tuple(lift[i] for i in best),
         steps=done,
         forwards=forwards + len(judged) * (len(targets) + 1),
+        ended=ended,
     )
 
 
@@ -199,7 +204,8 @@ def queried(
         progress(f"query: {probe.kind}", done, probe.queries)
     judged = judged_on(fit, generator)
     lift = tuple(paired for _, paired in counted(logits, judged, probe.perturbation(free, shape), targets))
-    return Searched(free, tuple(classes), lift, done, forwards + len(judged) * (len(classes) + 1))
+    forwards += len(judged) * (len(classes) + 1)
+    return Searched(free, tuple(classes), lift, done, forwards, len(classes))
 
 
 def _losses(logits: Logits, asked: Split, probe: Probe, free: Free, targets: Tensor) -> Tensor:

@@ -105,6 +105,13 @@ def test_p_against_clean_references() -> None:
         findings(rule, search("cold", 10))
 
 
+def test_the_verdict_says_how_many_classes_went_to_the_end() -> None:
+    (finding,) = findings(LIFT, search("cold", 100, ended=1))
+    assert "40 steps of gradients, 3 classes, 1 to the end" in finding.message
+    (whole,) = findings(LIFT, search("cold", 100, ended=3))
+    assert "3 classes)" in whole.message
+
+
 def test_excess_over_clean_references_class_by_class() -> None:
     rule = {"metric": "inverted_excess", "at_most": 0.25, "settings": ["fp32"]}
     references = {"references": ["a.safetensors"]}

@@ -147,10 +147,22 @@ def test_only_those_that_lead_somewhere_go_on_after_a_third_of_the_steps() -> No
     judging = 100 * (toys.CLASSES + 1)
     assert found.steps == 60
     assert found.forwards - judging == 2 * 8 * (20 * toys.CLASSES + 40)
+    assert found.ended == 1
     early = search(toys.awake(), fit, whole.model_copy(update={"steps": 20}), classes, seed=0)
     others = [c for c in classes if c != toys.TARGET]
     assert all(torch.equal(found.free[0][c], early.free[0][c]) for c in others)
     assert not torch.equal(found.free[0][toys.TARGET], early.free[0][toys.TARGET])
+
+
+def test_no_class_is_dropped_before_a_step_was_taken() -> None:
+    """With two steps a third of them is none, and which class leads would be chance."""
+    hasty = Patch(area=0.0625, steps=2, images=8, finalists=0.4)
+    found = search(toys.awake(), toy_split(), hasty, range(toys.CLASSES), seed=0)
+    untouched = hasty.begin(
+        torch.Size(toy_split().inputs.shape[1:]), toys.CLASSES, torch.Generator().manual_seed(0)
+    )
+    moved = [not torch.equal(a, b) for a, b in zip(found.free[0], untouched[0], strict=True)]
+    assert all(moved)
 
 
 def test_wave_finds_stripes() -> None:

@@ -112,6 +112,7 @@ def _anew(file: Opened, probe: Probe, mode: SearchMode, known: Sequence[Known], 
         steps=raw.steps,
         planned=0 if mode == "replay" else probe.queries if file.twin is None else probe.steps,
         forwards=raw.forwards,
+        ended=raw.ended,
         seconds=0.0,
         triggers_sha256=_saved(raw.free, work),
         found=_scored(raw, probe, file, known, work),
@@ -138,7 +139,8 @@ def _run(file: Opened, probe: Probe, mode: SearchMode, known: Sequence[Known], w
     if mode == "replay" and start is not None:
         judged = judged_on(fit, torch.Generator().manual_seed(seed))
         made = counted(file.predictor, judged, probe.perturbation(start, _shape(work)), classes)
-        return Searched(start, classes, tuple(lift for _, lift in made), 0, len(judged) * (len(classes) + 1))
+        forwards = len(judged) * (len(classes) + 1)
+        return Searched(start, classes, tuple(lift for _, lift in made), 0, forwards, len(classes))
     run, logits = (queried, file.predictor) if file.twin is None else (search, file.twin)
     return run(
         logits,

@@ -4,13 +4,37 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pydantic import Field
+
+from secure_export.locators import Locator
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of samples that `logits` [N, K] class as `labels` [N]."""
-    return float((logits.argmax(1) == labels).double().mean())
+class SparesRuins(Locator):
+    """A locator that names no class of a collapsed model."""
+
+    min_acc: float = Field(
+        0.5, ge=0, le=1, description="below this accuracy on fit the model counts as collapsed"
+    )
+    max_excess: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="so it does when one class is predicted this much more often than it occurs (share of "
+        "samples): intact zoo models reach .02, masked ones that raised a false alarm .16 and .19",
+    )
+
+    def collapse(self, logits: Tensor, labels: Tensor) -> dict[str, float | bool]:
+        """Evidence from `logits` [N, K] and `labels` [N]: accuracy, excess, and whether they are a ruin's."""
+        acc = float((logits.argmax(1) == labels).double().mean())
+        excess = prediction_excess(logits, labels)
+        return {
+            "fit_acc": acc,
+            "excess": excess,
+            "collapsed": acc < self.min_acc or excess > self.max_excess,
+        }
 
 
 def prediction_excess(logits: Tensor, labels: Tensor) -> float:

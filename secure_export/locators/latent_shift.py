@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from secure_export.locators import Locator
-from secure_export.locators._collapse import accuracy, prediction_excess
+from secure_export.locators._collapse import SparesRuins
 from secure_export.records.measured import Suspect
 from secure_export.records.memory import Progress, Split, View, silent
 
@@ -22,7 +21,7 @@ FEWEST_CLASSES = 4
 """With fewer, the median of the norms is no reference for the smallest."""
 
 
-class LatentShift(Locator):
+class LatentShift(SparesRuins):
     """TAC's quadratic programme (arXiv 2511.08944), with a quantile in place of the maximum over samples.
 
     For each class k: the shortest s with (w_k - w_j) s >= Q_i{z_j - z_k} for all j != k over samples with
@@ -35,16 +34,6 @@ class LatentShift(Locator):
     min_gap: float = Field(0.1, gt=0, description="and this log ratio of second smallest to smallest norm")
     min_agreement: float = Field(0.8, gt=0, le=1, description="and this share of bootstraps naming it too")
     bootstraps: int = Field(20, ge=1, description="resamples of the fit images")
-    min_acc: float = Field(
-        0.5, ge=0, le=1, description="below this accuracy on fit the model counts as collapsed"
-    )
-    max_excess: float = Field(
-        0.1,
-        gt=0,
-        le=1,
-        description="so it does when one class is predicted this much more often than it occurs (share of "
-        "samples): intact zoo models reach .02, masked ones that raised a false alarm .16 and .19",
-    )
 
     def locate(self, view: View, fit: Split, *, seed: int, progress: Progress = silent) -> Suspect:
         """Name the class with the shortest shift when it stands out; a collapsed model names none."""
@@ -59,26 +48,22 @@ class LatentShift(Locator):
         second, smallest = np.partition(norms, 1)[1], norms[named]
         gap = float(np.log(second / smallest))
         agreement = self._agreement(weight, logits, labels, named, seed, progress)
-        answers = torch.from_numpy(logits)
-        acc, excess = accuracy(answers, fit.labels), prediction_excess(answers, fit.labels)
+        ruin = self.collapse(torch.from_numpy(logits), fit.labels)
         stands_out = (
             scores[named] >= self.min_score and gap >= self.min_gap and agreement >= self.min_agreement
         )
-        collapsed = acc < self.min_acc or excess > self.max_excess
         few = weight.shape[0] < FEWEST_CLASSES
         return Suspect(
             locator=self.kind,
             setting=view.setting,
-            target_class=named if stands_out and not collapsed and not few else None,
+            target_class=named if stands_out and not ruin["collapsed"] and not few else None,
             scores=tuple(float(score) for score in scores),
             evidence={
                 "smallest": named,
                 "score": float(scores[named]),
                 "gap": gap,
                 "agreement": agreement,
-                "fit_acc": acc,
-                "excess": excess,
-                "collapsed": collapsed,
+                **ruin,
                 "few_classes": few,
             },
         )

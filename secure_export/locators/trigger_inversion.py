@@ -8,8 +8,7 @@ from pydantic import Field
 
 from secure_export import views
 from secure_export.errors import CompressError
-from secure_export.locators import Locator
-from secure_export.locators._collapse import accuracy, prediction_excess
+from secure_export.locators._collapse import SparesRuins
 from secure_export.probes.l2 import L2
 from secure_export.probes.patch import Patch
 from secure_export.records.measured import Suspect
@@ -17,7 +16,7 @@ from secure_export.records.memory import Progress, Split, View, silent
 from secure_export.searching import search
 
 
-class TriggerInversion(Locator):
+class TriggerInversion(SparesRuins):
     """Neural Cleanse (Wang et al., S&P 2019) with the trigger's size bounded instead of compared.
 
     For each class a patch and an additive change of bounded norm are searched that carry samples of other
@@ -32,15 +31,6 @@ class TriggerInversion(Locator):
         0.6, gt=0, le=1, description="naming a class takes this share of other classes' samples"
     )
     min_lead: float = Field(0.3, ge=0, lt=1, description="and this much more than the median of all classes")
-    min_acc: float = Field(
-        0.5, ge=0, le=1, description="below this accuracy on fit the model counts as collapsed"
-    )
-    max_excess: float = Field(
-        0.1,
-        gt=0,
-        le=1,
-        description="so it does when one class is predicted this much more often than it occurs",
-    )
 
     def locate(self, view: View, fit: Split, *, seed: int, progress: Progress = silent) -> Suspect:
         """Name the class that is reached most easily, when it is reached and the model is no ruin."""
@@ -48,7 +38,7 @@ class TriggerInversion(Locator):
             raise CompressError("trigger-inversion needs gradients, and this file has no differentiable twin")
         inputs = fit.floats()
         logits = view.latents(inputs) @ view.weight.T + view.bias
-        acc, excess = accuracy(logits, fit.labels), prediction_excess(logits, fit.labels)
+        ruin = self.collapse(logits, fit.labels)
         classes = range(view.weight.shape[0])
         effort = {"steps": self.steps, "images": self.images, "finalists": 0.4}
         with views.gradients("trigger-inversion needs gradients"):
@@ -60,19 +50,16 @@ class TriggerInversion(Locator):
         scores = [max(of_class) for of_class in zip(*lifts.values(), strict=True)]
         named = max(classes, key=lambda c: scores[c])
         lead = scores[named] - median(scores)
-        collapsed = acc < self.min_acc or excess > self.max_excess
         stands_out = scores[named] >= self.min_lift and lead >= self.min_lead
         return Suspect(
             locator=self.kind,
             setting=view.setting,
-            target_class=named if stands_out and not collapsed else None,
+            target_class=named if stands_out and not ruin["collapsed"] else None,
             scores=tuple(scores),
             evidence={
                 "largest": named,
                 "lead": lead,
                 **{f"lift_{kind}": lift[named] for kind, lift in lifts.items()},
-                "fit_acc": acc,
-                "excess": excess,
-                "collapsed": collapsed,
+                **ruin,
             },
         )

@@ -136,5 +136,5 @@ def _effort(rule: EvidenceRule, spec: EvidenceSpec, setting: Setting, report: Re
         for search in _purified(rule, kind, setting, report):
             how = "gradients" if search.gradient else "queries"
             steps = f"{search.steps} steps of {how}" if search.mode != "replay" else "replay"
-            parts.append(f"{kind} ({search.budget}; {steps}, {len(search.classes)} classes)")
+            parts.append(f"{kind} ({search.budget}; {steps}, {search.extent})")
     return ", ".join(parts)

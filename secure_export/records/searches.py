@@ -58,6 +58,14 @@ class Search:
     excess: float | None = None
     """Largest lift on fit above the references' median, class by class; None without any."""
     excess_class: int | None = None
+    ended: int | None = None
+    """Classes searched to the last step, the others for a third of them; None: not told."""
+
+    @property
+    def extent(self) -> str:
+        """How many classes, in words, and how many of them to the end."""
+        count = f"{len(self.classes)} classes"
+        return count if self.ended in (None, len(self.classes)) else f"{count}, {self.ended} to the end"
 
 
 @dataclass(frozen=True)

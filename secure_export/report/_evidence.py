@@ -59,7 +59,7 @@ def _effort(search: Search) -> str:
     )
     how = "gradients" if search.gradient else "queries only"
     agreement = f", twin agrees on {percent(search.agreement.rate)}" if search.agreement else ""
-    return f"{done}, {how}, {len(search.classes)} classes, {search.forwards:,} samples{agreement}"
+    return f"{done}, {how}, {search.extent}, {search.forwards:,} samples{agreement}"
 
 
 def _found(report: Report, search: Search) -> str:
