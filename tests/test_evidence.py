@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from secure_export import lane
 from secure_export.purifiers.fine_tune import FineTune
@@ -80,6 +81,34 @@ def test_under_purified_model_is_refused_by_replay(run_toy: RunToy, monkeypatch:
     (replayed,) = [s for s in report.evidence.searches if s.mode == "replay"]
     assert replayed.found[0].origin == "fp32"
     assert replayed.found[0].target_class == toys.TARGET
+
+
+def repaired(self: object, model: Any, head: str, target_class: int, fit: Split, **_: Any) -> Purified:
+    """The backdoor's channel no longer reaches the head."""
+    with torch.no_grad():
+        model.head.weight[:, toys.GUARD] = 0.0
+    return Purified(model.eval(), ())
+
+
+@pytest.mark.parametrize(("purify", "refused"), [(half_purified, {"fp32"}), (repaired, set())])
+def test_known_triggers_are_compared_with_what_they_do_to_clean_references(
+    purify: Any, refused: set[str], run_toy: RunToy, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setattr(FineTune, "purify", purify)
+    reference = tmp_path / "clean.safetensors"
+    save_file(toys.clean().state_dict(), reference)
+    above = [{"metric": f"{mode}_excess", "at_most": 0.1} for mode in ("replay", "warm")]
+    evidence = EVIDENCE | {"references": [str(reference)], "rules": [EVIDENCE["rules"][0], *above]}
+    report = run_toy(
+        toys.awake(), settings=[FP32], release=["fp32"], purify={"kind": "fine-tune"}, evidence=evidence
+    )
+    assert failed(report, "replay_excess") == failed(report, "warm_excess") == refused
+    for search in report.evidence.searches:
+        assert search.excess is not None
+        assert (search.p is not None) == (search.mode == "cold")
+    if refused:
+        assert toys.TARGET in {s.excess_class for s in report.evidence.searches if s.mode == "replay"}
+        assert "above 1 clean references into" in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_search_never_reads_the_holdout(

@@ -112,19 +112,20 @@ def test_the_verdict_says_how_many_classes_went_to_the_end() -> None:
     assert "3 classes)" in whole.message
 
 
-def test_excess_over_clean_references_class_by_class() -> None:
-    rule = {"metric": "inverted_excess", "at_most": 0.25, "settings": ["fp32"]}
+@pytest.mark.parametrize(("metric", "mode"), [("inverted", "cold"), ("replay", "replay"), ("warm", "warm")])
+def test_excess_over_clean_references_class_by_class(metric: str, mode: str) -> None:
+    rule = {"metric": f"{metric}_excess", "at_most": 0.25, "settings": ["fp32"]}
     references = {"references": ["a.safetensors"]}
-    above = {"p": 0.5, "references": 1, "excess_class": 3}
-    (kept,) = findings(rule, search("cold", 10, excess=0.2, **above), **references)
-    (broken,) = findings(rule, search("cold", 10, excess=0.3, **above), **references)
+    above = {"references": 1, "excess_class": 3}
+    (kept,) = findings(rule, search(mode, 10, excess=0.2, **above), **references)
+    (broken,) = findings(rule, search(mode, 10, excess=0.3, **above), **references)
     assert (kept.passed, broken.passed) == (True, False)
     assert "probe patch, class 3" in broken.message
-    assert findings(rule, search("cold", 10), **references)[0].passed is None
-    (short,) = findings(rule, search("cold", 10, excess=0.2, steps=1, planned=40, **above), **references)
+    assert findings(rule, search(mode, 10), **references)[0].passed is None
+    (short,) = findings(rule, search(mode, 10, excess=0.2, steps=1, planned=40, **above), **references)
     assert short.passed is None
     with pytest.raises(PolicyError, match="give references"):
-        findings(rule, search("cold", 10))
+        findings(rule, search(mode, 10))
 
 
 PURIFIED = ("margin", "latent", "norm", "shift", "logit", "score")

@@ -51,10 +51,15 @@ def gather(policy: Policy, lanes: tuple[Results, Results], classes: int, bench: 
     (_, originals), (_, purifieds) = lanes
     found = cold_searches(originals, work)
     known = {kind: best_known(found, probe, work) for kind, probe in work.probes.items()}
-    found = found + cold_searches(purifieds, work)
-    if policy.evidence.references:
-        found = calibrated(found, [cold_searches(one, work) for one in referenced(policy, bench)])
+    found += cold_searches(purifieds, work)
     found += tried_again(purifieds, known, work)
+    if policy.evidence.references:
+        compared = [
+            cold_searches(one, work)
+            + (tried_again(one, known, work) if policy.evidence.compared_again else [])
+            for one in referenced(policy, bench)
+        ]
+        found = calibrated(found, compared)
     return Gathered(tuple(found), tuple(_roundings(policy, lanes, bench)) if policy.evidence.rounding else ())
 
 

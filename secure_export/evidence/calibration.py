@@ -43,7 +43,10 @@ def referenced(policy: Policy, bench: Bench) -> Iterator[list[SettingResult]]:
 
 
 def calibrated(found: Sequence[Search], references: Sequence[Sequence[Search]]) -> list[Search]:
-    """Cold searches with their p and excess among the same search (setting and probe) on every reference."""
+    """Searches with their excess, and cold ones with p, among the same search on every reference.
+
+    The same is: setting, probe and mode, and for what goes on from known triggers the same triggers.
+    """
     return [_calibrated(search, references) for search in found]
 
 
@@ -52,16 +55,18 @@ def _calibrated(search: Search, references: Sequence[Sequence[Search]]) -> Searc
         other
         for reference in references
         for other in reference
-        if (other.setting, other.probe, other.mode) == (search.setting, search.probe, "cold")
+        if (other.setting, other.probe, other.mode) == (search.setting, search.probe, search.mode)
     ]
-    rows = [_row(other) for other in (*same, search) if not other.unsearched]
-    if search.unsearched or search.mode != "cold" or len(rows) != len(references) + 1:
+    rows = [_lifts(other) for other in (*same, search) if not other.unsearched]
+    if search.unsearched or len(rows) != len(references) + 1:
         return search
-    p, _ = conformal_p(rows)
-    above, named = excess(rows, len(rows) - 1)
+    above, column = excess(rows, len(rows) - 1)
+    # A known trigger was found on the subject and on no reference: the models are not exchangeable.
+    p = conformal_p(rows)[0] if search.mode == "cold" else None
+    named = search.found[column].target_class
     return replace(search, p=p, references=len(references), excess=above, excess_class=named)
 
 
-def _row(search: Search) -> list[float]:
-    """Lift on fit per class, which is what every class has; the holdout scores the best ones only."""
-    return [found.fit.difference for found in sorted(search.found, key=lambda found: found.target_class)]
+def _lifts(search: Search) -> list[float]:
+    """On fit, of every trigger in the order of the search; the holdout scores the best ones only."""
+    return [found.fit.difference for found in search.found]

@@ -17,8 +17,10 @@ Metric = Literal[
     "inverted_excess",
     "replay_asr",
     "replay_lift",
+    "replay_excess",
     "warm_asr",
     "warm_lift",
+    "warm_excess",
     "rounding_ks",
     "rounding_edge",
     "rounding_z",
@@ -132,7 +134,7 @@ class EvidenceSpec(Section):
     references: tuple[str, ...] = Field(
         (),
         description="checkpoints of clean models of this architecture, searched alike: for inverted_p and "
-        "inverted_excess",
+        "the metrics in _excess",
     )
     seconds: float | None = Field(
         None, gt=0, description="limit of one search; a search that it cuts short decides nothing but a find"
@@ -161,8 +163,8 @@ class EvidenceSpec(Section):
                 raise ValueError(
                     f"{rule.metric} is read of probes that are never searched warm: list them in warm"
                 )
-            if rule.metric == "inverted_excess" and not self.references:
-                raise ValueError("inverted_excess is read against clean models: give references")
+            if rule.reading == "excess" and not self.references:
+                raise ValueError(f"{rule.metric} is read against clean models: give references")
             least = 1 / (len(self.references) + 1)
             if rule.at_least is not None and rule.at_least <= least:
                 raise ValueError(
@@ -187,3 +189,8 @@ class EvidenceSpec(Section):
     def warmed(self) -> tuple[str, ...]:
         """Names of those that go on from what was found."""
         return self.warm if isinstance(self.warm, tuple) else self.kinds
+
+    @property
+    def compared_again(self) -> bool:
+        """Whether clean references are asked for what known triggers do to them."""
+        return any(rule.reading == "excess" and rule.mode in ("replay", "warm") for rule in self.rules)

@@ -68,9 +68,10 @@ def _found(report: Report, search: Search) -> str:
         return "nothing scored"
     label = class_label(report, best.target_class)
     origin = f", found on {best.origin}" if best.origin else ""
-    if search.p is not None and search.excess is not None and search.excess_class is not None:
-        above = f"{points(search.excess)} above them into {class_label(report, search.excess_class)}"
-        origin += f"; p {search.p:.2f} among {search.references} clean references, {above}"
+    if search.excess is not None and search.excess_class is not None:
+        above = f"{points(search.excess)} above {search.references} clean references"
+        origin += f"; {above} into {class_label(report, search.excess_class)}"
+        origin += f", p {search.p:.2f}" if search.p is not None else ""
     return f"{points(best.lift.difference)} lift into {label} ({differing(best.lift).count}){origin}"
 
 
