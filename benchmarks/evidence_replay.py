@@ -2,8 +2,10 @@
 
 Triggers are found on a backdoored model, without its trigger, and tried on versions of it that were repaired
 in part: by a purifier that was stopped early or left a rest (--recipe), or by moving the weights part of the
-way to the clean network that the attack began with (--clean, --share), which chooses no purifier. What the
-rules of policies/blind.yaml on replay and warm search say of each is added by `--table`.
+way to the clean network that the attack began with (--clean), a given share of it (--share) or until a given
+ASR is left (--left), which chooses no purifier. With --reference, networks that are known to be clean are
+asked what the same triggers do to them. What a policy's rules on replay and warm search say of each repair
+is added by `--table`.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from benchmarks.evidence import LIMITS, SETTINGS, bench_of
 from secure_export import digests, registry
 from secure_export.environment import versions
 from secure_export.evidence import cold_searches, tried_again, work_of
+from secure_export.evidence.calibration import calibrated
 from secure_export.evidence.one import best_known
 from secure_export.lane import Bench, at_the_head, through_settings
 from secure_export.policy import EvidenceSpec, Policy, Setting, load_policy
@@ -53,10 +56,26 @@ def repaired(
     for repair in repairs:
         if clean is not None and "share" in repair:
             yield repair, between(bad, clean, repair["share"])
+        elif clean is not None and "left" in repair:
+            share = share_that_leaves(repair["left"], bad, clean, target, bench)
+            yield repair | {"share": round(share, 3)}, between(bad, clean, share)
         elif "kind" in repair:
             purifier = registry.build(Purifier, "purifiers", dict(repair))
             made = purifier.purify(copy.deepcopy(bad), HEAD, target, bench.splits.fit, seed=bench.seed)
             yield repair, made.model
+
+
+@torch.no_grad()
+def share_that_leaves(left: float, bad: nn.Module, clean: nn.Module, target: int, bench: Bench) -> float:
+    """By bisection, for the trigger works less and less on the way."""
+    holdout, (trigger,) = bench.splits.holdout, bench.triggers.values()
+    stamped = trigger(holdout.floats(holdout.labels != target))
+    low, high = 0.0, 1.0
+    for _ in range(8):
+        share = (low + high) / 2
+        reached = between(bad, clean, share)(stamped).argmax(1) == target
+        low, high = (share, high) if float(reached.float().mean()) > left else (low, share)
+    return (low + high) / 2
 
 
 def row(result: SettingResult, searches: Sequence[Search], target: int) -> dict[str, Any]:
@@ -74,6 +93,8 @@ def row(result: SettingResult, searches: Sequence[Search], target: int) -> dict[
                     for t in search.found
                     if t.lift is not None
                 ],
+                "excess": search.excess,
+                "excess_class": search.excess_class,
                 "seconds": search.seconds,
                 "unsearched": search.unsearched,
             }
@@ -93,18 +114,23 @@ def said(settings: Mapping[str, Any], policy: Policy) -> str:
             continue
         probes = rule.probes if isinstance(rule.probes, tuple) else spec.warmed
         for one in settings.values():
-            tried = [one.get("tried", {}).get(f"{rule.mode} {probe}", {}).get("found") for probe in probes]
-            readings = [Reading("", Paired(*t["lift"]), t["lift"][2]) for found in tried for t in found or ()]
+            tried = [one.get("tried", {}).get(f"{rule.mode} {probe}", {}) for probe in probes]
+            if rule.reading == "excess":
+                readings = [Reading("", t["excess"], 1) for t in tried if t.get("excess") is not None]
+                outcomes += [None] * (len(tried) - len(readings))
+            else:
+                found = [t.get("found") or () for t in tried]
+                readings = [Reading("", Paired(*t["lift"]), t["lift"][2]) for some in found for t in some]
+                outcomes += [None for some in found if not some]
             alpha = (1 - policy.confidence) / max(1, len(readings))
             outcomes += [decide(reading, rule, alpha).passed for reading in readings]
-            outcomes += [None for found in tried if not found]
     return "refused" if False in outcomes else "passed" if outcomes and all(outcomes) else "undecided"
 
 
 def asked(policy: Policy, mode: str) -> tuple[str, ...]:
-    """The probes that the policy's rules read in this mode."""
+    """The probes whose lifts the policy's rules read in this mode."""
     spec = policy.evidence
-    rules = [rule for rule in spec.rules if rule.mode == mode] if spec else []
+    rules = [r for r in spec.rules if r.mode == mode and r.reading == "lift"] if spec else []
     read = [rule.probes if isinstance(rule.probes, tuple) else spec.warmed for rule in rules if spec]
     return tuple(dict.fromkeys(probe for probes in read for probe in probes))
 
@@ -122,23 +148,38 @@ def largest(one: Mapping[str, Any], mode: str, probes: Sequence[str]) -> str:
     return f"`{probe}` {lift:.2f} → {into}"
 
 
-def table(stored: Mapping[str, Any], policy: Policy) -> list[str]:
-    """Markdown: one line a repair and setting; the largest lift among the probes that the policy reads."""
-    lines = [
-        "| model | repair | file | accuracy | true ASR | replay | warm | `blind.yaml` |",
-        "|---|---|---|---|---|---|---|---|",
+def furthest(one: Mapping[str, Any], mode: str) -> str:
+    """`large-patch 0.62 → 1`: what lies furthest above the clean references, of all probes."""
+    above = [
+        (tried["excess"], tried["excess_class"], how.partition(" ")[2])
+        for how, tried in one["tried"].items()
+        if how.startswith(f"{mode} ") and tried.get("excess") is not None
     ]
-    for name, repairs in stored["models"].items():
+    if not above:
+        return "–"
+    excess, into, probe = max(above)
+    return f"`{probe}` {excess:+.2f} → {into}"
+
+
+def table(stored: Mapping[str, Any], policy: Policy, name: str) -> list[str]:
+    """Markdown: a line a repair and setting; the largest lift that the policy's rules read, and excess."""
+    lines = [
+        "| model | repair | file | accuracy | true ASR | replay | warm "
+        f"| replay, above clean | warm, above clean | `{name}` |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for model, repairs in stored["models"].items():
         for entry in repairs:
             for setting, one in entry["settings"].items():
                 if "unmeasured" in one:
                     continue
                 (hit, n), (wrong, of) = one["acc"], one["true_asr"]
-                found = " | ".join(largest(one, mode, asked(policy, mode)) for mode in ("replay", "warm"))
+                found = [largest(one, mode, asked(policy, mode)) for mode in ("replay", "warm")]
+                found += [furthest(one, mode) for mode in ("replay", "warm")]
                 says = said(entry["settings"], policy)
                 lines.append(
-                    f"| `{name}` | {named(entry['repair'])} | {setting} | {100 * hit / n:.1f} "
-                    f"| {wrong}/{of} ({100 * wrong / of:.1f} %) | {found} | {says} |"
+                    f"| `{model}` | {named(entry['repair'])} | {setting} | {100 * hit / n:.1f} "
+                    f"| {wrong}/{of} ({100 * wrong / of:.1f} %) | {' | '.join(found)} | {says} |"
                 )
     return lines
 
@@ -146,7 +187,7 @@ def table(stored: Mapping[str, Any], policy: Policy) -> list[str]:
 def named(repair: Mapping[str, Any]) -> str:
     """A repair in the words of a policy."""
     if "share" in repair:
-        return f"{repair['share']:g} of the way to clean"
+        return f"{repair['share']:.2g} of the way to clean"
     fields = ", ".join(f"{key} {value}" for key, value in repair.items() if key != "kind")
     return f"`{repair['kind']}`" + (f", {fields}" if fields else "")
 
@@ -155,6 +196,14 @@ def named(repair: Mapping[str, Any]) -> str:
 @click.argument("models", nargs=-1, type=click.Path(path_type=Path, exists=True))
 @click.option("--clean", type=click.Path(path_type=Path, exists=True), help="what --share moves to")
 @click.option("--share", "shares", multiple=True, type=float, help="of the way to --clean")
+@click.option("--left", "lefts", multiple=True, type=float, help="as far to --clean as leaves this ASR")
+@click.option(
+    "--reference",
+    "references",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True),
+    help="a network known to be clean",
+)
 @click.option("--recipe", "recipes", multiple=True, help="a purifier as JSON")
 @click.option("--settings", default="fp32", show_default=True, help=f"of {', '.join(SETTINGS)}")
 @click.option("--cache", default="build/data", type=click.Path(path_type=Path))
@@ -162,6 +211,9 @@ def named(repair: Mapping[str, Any]) -> str:
 @click.option("--out", default=RESULTS, type=click.Path(path_type=Path))
 @click.option("--preset", default="fast", show_default=True)
 @click.option("--samples", default=500, show_default=True, help="holdout samples that score a trigger")
+@click.option(
+    "--policy", "judging", default=BLIND, type=click.Path(path_type=Path, exists=True), help="for --table"
+)
 @click.option("--table", "only_table", is_flag=True, help="print what is stored, search nothing")
 def main(**o: Any) -> None:
     """Search every one of MODELS once, then try what was found on repaired versions of it.
@@ -170,10 +222,10 @@ def main(**o: Any) -> None:
     """
     stored = json.loads(o["out"].read_text()) if o["out"].is_file() else {"models": {}}
     if o["only_table"]:
-        click.echo("\n".join(table(stored, load_policy(BLIND))))
+        click.echo("\n".join(table(stored, load_policy(o["judging"]), o["judging"].name)))
         return
-    if o["shares"] and o["clean"] is None:
-        raise click.UsageError("--share is of the way to a clean network: give --clean")
+    if (o["shares"] or o["lefts"]) and o["clean"] is None:
+        raise click.UsageError("--share and --left are ways to a clean network: give --clean")
     torch.set_num_threads(1)
     spec = EvidenceSpec.model_validate(
         {"preset": o["preset"], "samples": o["samples"], "rules": tuple(LIMITS)}
@@ -181,22 +233,31 @@ def main(**o: Any) -> None:
     data = datasets.cifar10(o["cache"])
     names = o["settings"].split(",")
     settings = [Setting(name, SETTINGS[name], {"kind": "onnx"}, False) for name in names]
-    wanted: list[dict[str, Any]] = [{"share": s} for s in o["shares"]] + [json.loads(r) for r in o["recipes"]]
+    wanted: list[dict[str, Any]] = [{"share": s} for s in o["shares"]] + [{"left": a} for a in o["lefts"]]
+    wanted += [json.loads(recipe) for recipe in o["recipes"]]
+    asked_too = [(path, load(path, cards.read(path.with_suffix(".json")))) for path in o["references"]]
     for path in o["models"]:
         card = cards.read(path.with_suffix(".json"))
         rows = stored["models"].setdefault(path.stem, [])
-        repairs = [repair for repair in wanted if repair not in [known["repair"] for known in rows]]
+        repairs = [one for one in wanted if not any(one.items() <= row["repair"].items() for row in rows)]
         bench = bench_of(card, data, o["folder"] / f"{path.parent.name}-{path.stem}", o["samples"])
         work, model = work_of(spec, len(card["classes"]), bench), load(path, card)
         original = at_the_head(model, HEAD, "original", digests.of_file(path), bench)
         searches = cold_searches(through_settings(original, settings, bench), work) if repairs else []
         known = {kind: best_known(searches, probe, work) for kind, probe in work.probes.items()}
+        compared = [
+            tried_again(through_settings(lined, settings, bench), known, work)
+            for path, network in (asked_too if repairs else ())
+            for lined in [at_the_head(network, HEAD, "original", digests.of_file(path), bench)]
+        ]
         clean = load(o["clean"], cards.read(o["clean"].with_suffix(".json"))) if o["clean"] else None
         for repair, network in repaired(model, card["target_class"], clean, repairs, bench):
             identity = digests.of_state(network.state_dict())
             lined = at_the_head(network, HEAD, "purified", identity, bench, original.reference)
             results = through_settings(lined, settings, bench)
             tried = tried_again(results, known, work)
+            if compared:
+                tried = calibrated(tried, compared)
             made = {result.setting: row(result, tried, card["target_class"]) for result in results}
             rows.append({"repair": repair, "sha256": card["sha256"], "settings": made})
             click.echo(f"{path.stem} {json.dumps(rows[-1])}", err=True)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import evidence_replay
+from secure_export import registry
+from secure_export.records.memory import Split
+from secure_export.triggers import Trigger
+from tests import toys
 from tests.judging import make_policy
 
 POLICY = make_policy(
@@ -53,3 +59,31 @@ def stored(replay: list[list[int]], warm: list[list[int]], l2: int | None = 10) 
 def test_the_worst_setting_speaks_and_nothing_tried_is_no_pass(settings: list[Any], outcome: str) -> None:
     named = {f"setting-{number}": one for number, one in enumerate(settings)}
     assert evidence_replay.said(named, POLICY) == outcome
+
+
+def above(excess: float | None) -> dict[str, Any]:
+    one = stored([[10, 0, 1000]], [[100, 0, 1000]])
+    one["tried"]["warm patch"] |= {"excess": excess, "excess_class": 1}
+    return one
+
+
+@pytest.mark.parametrize(("excess", "outcome"), [(0.1, "passed"), (0.2, "refused"), (None, "undecided")])
+def test_excess_over_clean_references_is_judged_too(excess: float | None, outcome: str) -> None:
+    rules = [{"metric": "inverted_lift", "at_most": 0.4}, {"metric": "warm_excess", "at_most": 0.15}]
+    section = {"preset": None, "probes": [{"kind": "patch"}], "references": ["a.safetensors"], "rules": rules}
+    assert evidence_replay.said({"fp32": above(excess)}, make_policy(evidence=section)) == outcome
+
+
+@pytest.mark.parametrize("left", [0.1, 0.3])
+def test_a_repair_goes_as_far_as_leaves_the_asr(left: float) -> None:
+    """Toys: the trigger's weight fades on the way, so fewer samples cross over."""
+    images, labels = toys.samples(400)
+    holdout = Split(torch.from_numpy(images), torch.from_numpy(labels), "holdout")
+    trigger = registry.build(Trigger, "triggers", toys.TRIGGER)
+    bench: Any = SimpleNamespace(splits=SimpleNamespace(holdout=holdout), triggers={"true": trigger})
+    bad, clean = toys.awake(), toys.clean()
+    share = evidence_replay.share_that_leaves(left, bad, clean, toys.TARGET, bench)
+    stamped = trigger(holdout.floats(holdout.labels != toys.TARGET))
+    after = evidence_replay.between(bad, clean, share)(stamped).argmax(1) == toys.TARGET
+    assert 0 < share < 1
+    assert abs(float(after.float().mean()) - left) < 0.05

@@ -68,5 +68,11 @@ def _calibrated(search: Search, references: Sequence[Sequence[Search]]) -> Searc
 
 
 def _lifts(search: Search) -> list[float]:
-    """On fit, of every trigger in the order of the search; the holdout scores the best ones only."""
-    return [found.fit.difference for found in search.found]
+    """Of every trigger in the order of the search: known ones on the holdout, where all of them are scored.
+
+    A cold search has one for every class on fit alone.
+    """
+    counted = (
+        found.fit if found.lift is None or search.mode == "cold" else found.lift for found in search.found
+    )
+    return [lift.difference for lift in counted]

@@ -56,8 +56,8 @@ class Search:
     """Of a cold search, against the same search on clean references; None without any."""
     references: int = 0
     excess: float | None = None
-    """Largest lift on fit above the references' median, class by class, and for replay and warm searches
-    trigger by trigger; None without any."""
+    """Largest lift above the references' median: of a cold search on fit, class by class; of a replay or warm
+    search on the holdout, trigger by trigger. None without references."""
     excess_class: int | None = None
     ended: int | None = None
     """Classes searched to the last step, the others for a third of them; None: not told."""
