@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import cache
+from typing import Literal
 
 import pytest
 import torch
@@ -135,21 +136,25 @@ def test_the_cut_takes_the_columns_whose_target_row_moved_most() -> None:
     assert delta_columns(before, after, 1, 0.29).tolist() == [4, 7]
 
 
-def test_cut_columns_stay_zero_through_phase_two() -> None:
-    result = Lmr(prune_ratio=0.25, phase1_epochs=2, phase2_epochs=3, early_switch=False).purify(
-        copy.deepcopy(backdoored()), digits.HEAD, digits.TARGET, digits.fit_split(), seed=0
+@pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 0.01), ("adam", 0.001)])
+def test_cut_columns_stay_zero_through_phase_two(optimizer: Literal["sgd", "adam"], lr: float) -> None:
+    lmr = Lmr(
+        prune_ratio=0.25, phase1_epochs=2, phase2_epochs=3, early_switch=False, optimizer=optimizer, lr=lr
     )
+    result = lmr.purify(copy.deepcopy(backdoored()), digits.HEAD, digits.TARGET, digits.fit_split(), seed=0)
     weight = result.model.get_submodule(digits.HEAD).weight
     assert int((weight == 0).all(0).sum()) == 8
     assert [row["phase"] for row in result.history] == ["phase1"] * 2 + ["phase2"] * 3
 
 
-def test_phase_one_widens_the_margin_and_drops_the_class() -> None:
+@pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 0.01), ("adam", 0.003)])
+def test_phase_one_widens_the_margin_and_drops_the_class(
+    optimizer: Literal["sgd", "adam"], lr: float
+) -> None:
     fit = digits.fit_split()
     before = _training.epoch_record(backdoored(), fit, digits.TARGET, "", [], 0.0)
-    after = Lmr(m1=15, phase1_epochs=6, phase2_epochs=0, early_switch=False).purify(
-        copy.deepcopy(backdoored()), digits.HEAD, digits.TARGET, fit, seed=0
-    )
+    lmr = Lmr(m1=15, phase1_epochs=6, phase2_epochs=0, early_switch=False, optimizer=optimizer, lr=lr)
+    after = lmr.purify(copy.deepcopy(backdoored()), digits.HEAD, digits.TARGET, fit, seed=0)
     assert float(after.history[-1]["margin"]) < float(before["margin"]) - 3
     assert float(after.history[-1]["target_acc"]) < 0.9
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +46,9 @@ class Lmr(Purifier):
         lt=1,
         description="p, share of head columns cut (not in the paper; small heads are narrow)",
     )
+    optimizer: Literal["sgd", "adam"] = Field("sgd", description="not in the paper; the field's usual")
     lr: float = Field(0.01, gt=0, description="not in the paper; that of RNP, whose unlearning it follows")
-    momentum: float = Field(0.9, ge=0, lt=1, description="not in the paper; the field's usual")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd; not in the paper, the field's usual")
     weight_decay: float = Field(5e-4, ge=0, description="not in the paper; the field's usual")
     batch_size: int = Field(64, ge=2, description="not in the paper; eight steps a pass over 500 samples")
     augment: Augment = Field("auto", description="crop and flip; auto: images of at least 24 pixels a side")
@@ -71,7 +72,7 @@ class Lmr(Purifier):
         """
         layer = _training.find_head(model, head)
         _training.check_fit(fit, target_class)
-        optimizer = _training.sgd(model.parameters(), self.lr, self.momentum, self.weight_decay)
+        optimizer = self._optimizer(model)
         total = self.phase1_epochs + self.phase2_epochs
         history: list[dict[str, float | str]] = []
         before = layer.weight.detach().clone()  # W(0)
@@ -94,6 +95,13 @@ class Lmr(Purifier):
             for _ in range(self.phase2_epochs):
                 epoch("phase2", F.cross_entropy, cut)
         return Purified(model.eval(), tuple(history))
+
+    def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        if self.optimizer == "sgd":
+            return _training.sgd(model.parameters(), self.lr, self.momentum, self.weight_decay)
+        return torch.optim.Adam(
+            model.requires_grad_(True).parameters(), lr=self.lr, weight_decay=self.weight_decay
+        )
 
     def phase1_loss(self, logits: Tensor, labels: Tensor, target_class: int) -> Tensor:
         """L_P1 = L_SCE + alpha L_DSC + beta L_CM (eq. 5 to 8), averaged over the batch."""
