@@ -1,4 +1,7 @@
-"""What purifiers left of the zoo's backdoors, from stored trials: `python -m benchmarks.defences_table`."""
+"""What purifiers left of the zoo's backdoors, from stored trials: `python -m benchmarks.defences_table`.
+
+One table a recipe, or with --vary one line a recipe of one purifier: what its fields are worth.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ import click
 
 from benchmarks.defences import RESULTS
 from benchmarks.entries import ZOO
+from secure_export import registry
+from secure_export.purifiers import Purifier
 
 COLUMNS = (
     "model",
@@ -28,7 +33,8 @@ COLUMNS = (
 @click.command()
 @click.option("--results", default=RESULTS, type=click.Path(exists=True, path_type=Path))
 @click.option("--zoo", default=Path("benchmarks/results/zoo.json"), type=click.Path(path_type=Path))
-def main(results: Path, zoo: Path) -> None:
+@click.option("--vary", help="one table of this purifier instead: a line for what differs from its defaults")
+def main(results: Path, zoo: Path, vary: str | None) -> None:
     """Print one table a recipe, of the trials on the zoo's present weights.
 
     Before is of the same images where a trial of kind none counted them, else of 10,000.
@@ -36,6 +42,9 @@ def main(results: Path, zoo: Path) -> None:
     present = {name: card["sha256"] for name, card in json.loads(zoo.read_text()).items()}
     trials = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
     trials = [trial for trial in trials if present.get(trial["model"]) == trial["sha256"]]
+    if vary:
+        click.echo("\n".join(varied([trial for trial in trials if trial["recipe"]["kind"] == vary])))
+        return
     recipes: dict[str, list[Any]] = {}
     as_it_came = {
         images_of(trial): trial["settings"] for trial in trials if trial["recipe"]["kind"] == "none"
@@ -77,6 +86,38 @@ def table(trials: Iterable[Mapping[str, Any]]) -> list[str]:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def varied(trials: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Markdown, a line for every difference from the defaults, size of fit and seed; a column a model.
+
+    A model of which nothing was varied has none. Cells are of the int8 file where the trigger wakes only there.
+    """
+    found: dict[tuple[str, int, int], dict[str, str]] = {}
+    for trial in trials:
+        before, after = trial["before"], trial["settings"]
+        awake = "int8-u8s8" if before["fp32"]["asr"][0] < before["int8-u8s8"]["asr"][0] / 2 else "fp32"
+        line = found.setdefault((difference(trial["recipe"]), trial["fit"], trial["seed"]), {})
+        line[trial["model"]] = f"{percent(after[awake]['acc'])} / {percent(after[awake]['asr'])}"
+    models = [name for name in ZOO if sum(name in line for line in found.values()) > 1]
+    heads = ["differs by", "samples", "seed", *(f"`{name}`, ACC / ASR" for name in models)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for (what, fit, seed), line in sorted(found.items(), key=lambda item: (item[0][1:], item[0][0])):
+        if not line.keys() & set(models):
+            continue
+        cells = [what or "nothing", str(fit), str(seed), *(line.get(name, "") for name in models)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def difference(recipe: Mapping[str, Any]) -> str:
+    """The fields that are not the purifier's present defaults: `alpha 0, m1 10`."""
+    defaults = registry.build(Purifier, "purifiers", {"kind": recipe["kind"]}).model_dump(mode="json")
+    other = {name: value for name, value in recipe.items() if name != "kind" and value != defaults.get(name)}
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in other.items()
+    )
 
 
 def elsewhere(after: Mapping[str, Any]) -> str:
