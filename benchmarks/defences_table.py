@@ -91,7 +91,7 @@ def table(trials: Iterable[Mapping[str, Any]]) -> list[str]:
 def varied(trials: Sequence[Mapping[str, Any]]) -> list[str]:
     """Markdown, a line for every difference from the defaults, size of fit and seed; a column a model.
 
-    A model of which nothing was varied has none. Cells are of the int8 file where the trigger wakes only there.
+    A model of which nothing was varied has none. If the trigger wakes in int8 alone, a cell is of that file.
     """
     found: dict[tuple[str, int, int], dict[str, str]] = {}
     for trial in trials:
