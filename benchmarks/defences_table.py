@@ -6,8 +6,9 @@ One table a recipe, or with --vary one line a recipe of one purifier: what its f
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import click
@@ -17,6 +18,21 @@ from benchmarks.entries import ZOO
 from secure_export import registry
 from secure_export.purifiers import Purifier
 
+TRADITIONAL = (
+    "badnets",
+    "blended",
+    "wanet",
+    "sig",
+    "lf",
+    "trojan",
+    "cl",
+    "dynamic",
+    "lira",
+    "ssba",
+    "dfst",
+    "sig-clean-label",
+)
+"""Awake in full precision, one target for all classes, and no knowledge of the defence."""
 COLUMNS = (
     "model",
     "ACC before",
@@ -35,7 +51,7 @@ COLUMNS = (
 @click.option("--zoo", default=Path("benchmarks/results/zoo.json"), type=click.Path(path_type=Path))
 @click.option("--vary", help="one table of this purifier instead: a line for what differs from its defaults")
 def main(results: Path, zoo: Path, vary: str | None) -> None:
-    """Print one table a recipe, of the trials on the zoo's present weights.
+    """Print one table a recipe, number of samples and seed, of the trials on the zoo's present weights.
 
     Before is of the same images where a trial of kind none counted them, else of 10,000.
     """
@@ -45,15 +61,15 @@ def main(results: Path, zoo: Path, vary: str | None) -> None:
     if vary:
         click.echo("\n".join(varied([trial for trial in trials if trial["recipe"]["kind"] == vary])))
         return
-    recipes: dict[str, list[Any]] = {}
+    alike: dict[tuple[str, int, int], list[Any]] = {}
     as_it_came = {
         images_of(trial): trial["settings"] for trial in trials if trial["recipe"]["kind"] == "none"
     }
     for trial in trials:
         trial["before"] |= as_it_came.get(images_of(trial), {})
-        recipes.setdefault(json.dumps(trial["recipe"]), []).append(trial)
-    for recipe, found in recipes.items():
-        click.echo("\n".join(["", heading(json.loads(recipe)), "", *table(found)]))
+        alike.setdefault((json.dumps(trial["recipe"]), trial["fit"], trial["seed"]), []).append(trial)
+    for (recipe, fit, seed), found in alike.items():
+        click.echo("\n".join(["", f"`{recipe}`, {fit} samples, seed {seed}:", "", *table(found)]))
 
 
 def images_of(trial: Mapping[str, Any]) -> tuple[str, int]:
@@ -61,12 +77,7 @@ def images_of(trial: Mapping[str, Any]) -> tuple[str, int]:
     return trial["model"], trial["settings"]["fp32"]["acc"][1]
 
 
-def heading(recipe: Mapping[str, Any]) -> str:
-    """The purifier and its parameters."""
-    return f"`{json.dumps(recipe)}`:"
-
-
-def table(trials: Iterable[Mapping[str, Any]]) -> list[str]:
+def table(trials: Sequence[Mapping[str, Any]]) -> list[str]:
     """Markdown, a line a model in the zoo's order."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     order = list(ZOO)
@@ -85,7 +96,30 @@ def table(trials: Iterable[Mapping[str, Any]]) -> list[str]:
             f"{trial['cpu_seconds']:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    return lines + average([trial for trial in trials if trial["model"] in TRADITIONAL])
+
+
+def average(trials: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line with the means over traditional attacks, every model weighing the same; none for one alone."""
+    if len(trials) < 2:
+        return []
+
+    def mean(when: str, setting: str, count: str) -> float:
+        return 100 * fmean(
+            trial[when][setting][count][0] / trial[when][setting][count][1] for trial in trials
+        )
+
+    cells = [
+        f"mean of {len(trials)} traditional",
+        f"{mean('before', 'fp32', 'acc'):.2f}",
+        " / ".join(f"{mean('settings', setting, 'acc'):.2f}" for setting in ("fp32", "int8-u8s8")),
+        f"{mean('before', 'fp32', 'asr'):.2f}",
+        *(f"{mean('settings', setting, 'asr'):.2f}" for setting in ("fp32", "int8-u8s8")),
+        f"{mean('settings', 'fp32', 'ftr'):.2f}",
+        "",
+        f"{fmean(trial['cpu_seconds'] for trial in trials):.0f}",
+    ]
+    return [f"| {' | '.join(cells)} |"]
 
 
 def varied(trials: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -46,3 +46,15 @@ def test_a_field_that_a_stored_trial_does_not_know_is_no_difference() -> None:
     recipe = trial("badnets", 45)["recipe"]
     del recipe["optimizer"]
     assert defences_table.difference(recipe) == ""
+
+
+def test_every_model_weighs_the_same_in_the_mean_and_what_is_no_traditional_attack_nothing() -> None:
+    trials = [trial("badnets", 45), trial("wanet", 9), trial("qcb", 90)]
+    for one in trials:
+        one |= {"cpu_seconds": 10.0}
+        for counts in one["before"].values():
+            counts["acc"] = [90, 100]
+        one["settings"]["fp32"]["ftr"] = [9, 90]
+    mean = defences_table.table(trials)[-1]
+    assert mean == "| mean of 2 traditional | 90.00 | 80.00 / 79.00 | 88.89 | 30.00 | 1.11 | 10.00 |  | 10 |"
+    assert "mean of" not in defences_table.table(trials[:1])[-1]
