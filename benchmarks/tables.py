@@ -66,7 +66,7 @@ def main(results: Path, out: Path | None) -> None:
 
 
 def trials(results: Path) -> Iterator[Trial]:
-    """Trials of benchmarks.defences and both lanes of benchmarks.main_job, on the zoo's present weights."""
+    """Trials of benchmarks.defences on the zoo's present weights; a policy may ask for other parameters."""
     present = weights(results)
     for path in sorted((results / "defences").glob("*.json")):
         found = json.loads(path.read_text())
@@ -75,10 +75,6 @@ def trials(results: Path) -> Iterator[Trial]:
         if found["sha256"] == present.get(model, found["sha256"]):
             yield Trial(model, recipe["kind"], fit, seed, found["settings"], recipe)
             yield Trial(model, "none", fit, seed, found["before"])
-    for path in sorted(results.glob("main-job-*.json")):
-        found = json.loads(path.read_text())
-        if found["card"]["sha256"] == present.get(found["card"]["name"], found["card"]["sha256"]):
-            yield from _main_job(found)
 
 
 def weights(results: Path) -> Mapping[str, str]:
@@ -89,28 +85,6 @@ def weights(results: Path) -> Mapping[str, str]:
         if path.is_file()
         else {}
     )
-
-
-def _main_job(found: Mapping[str, Any]) -> Iterator[Trial]:
-    card, report = found["card"], found["purification_on"]["report"]
-    fit = report["splits"]["fit"][0]
-    for lane, kind in (("original", "none"), ("purified", "lmr-plus")):
-        if kind != "none" and not report["purified_classes"]:
-            continue
-        settings = {
-            _ours(name): {
-                "acc": lanes[lane]["acc"],
-                "asr": lanes[lane]["triggers"][card["trigger"]["kind"]]["asr"][card["target_class"]],
-            }
-            for name, lanes in report["settings"].items()
-            if "acc" in lanes[lane] and card["trigger"]["kind"] in lanes[lane]["triggers"]
-        }
-        yield Trial(card["name"], kind, fit, card["seed"], settings)
-
-
-def _ours(setting: str) -> str:
-    """The name in benchmarks.settings of a setting in policies/strict.yaml."""
-    return {"int8": "int8-u8s8"}.get(setting, setting.replace("prune-mask@", "mask-recalibrated-"))
 
 
 def located(results: Path) -> Iterator[Located]:

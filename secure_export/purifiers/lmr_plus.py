@@ -53,7 +53,7 @@ class LmrPlus(Purifier):
     mix: float = Field(0.5, ge=0, le=1, description="share of clean samples that are mixed in pairs")
     average: float = Field(0.98, ge=0, lt=1, description="decay of the average of weights that is returned")
     families: tuple[Family, ...] = Field(
-        ("patch",), description="of several the ones that succeed first are used; patch: images only"
+        ("patch", "l2"), description="of several the ones that succeed first are used; patch: images only"
     )
     per_sample: float = Field(0.0, ge=0, le=1, description="share of stamped samples moved singly (PGD)")
     patch_area: Pair = Field(
