@@ -83,7 +83,7 @@ def table(trials: Sequence[Mapping[str, Any]]) -> list[str]:
     order = list(ZOO)
     for trial in sorted(trials, key=lambda trial: (order.index(trial["model"]), trial["seed"])):
         after, before = trial["settings"], trial["before"]
-        awake = "int8-u8s8" if before["fp32"]["asr"][0] < before["int8-u8s8"]["asr"][0] / 2 else "fp32"
+        awake = awake_in(before)
         cells = [
             f"`{trial['model']}`",
             percent(before[awake]["acc"]),
@@ -122,6 +122,11 @@ def average(trials: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"| {' | '.join(cells)} |"]
 
 
+def awake_in(before: Mapping[str, Any]) -> str:
+    """The setting in which to look: int8 where the trigger wakes there alone."""
+    return "int8-u8s8" if before["fp32"]["asr"][0] < before["int8-u8s8"]["asr"][0] / 2 else "fp32"
+
+
 def varied(trials: Sequence[Mapping[str, Any]]) -> list[str]:
     """Markdown, a line for every difference from the defaults, size of fit and seed; a column a model.
 
@@ -129,8 +134,7 @@ def varied(trials: Sequence[Mapping[str, Any]]) -> list[str]:
     """
     found: dict[tuple[str, int, int], dict[str, str]] = {}
     for trial in trials:
-        before, after = trial["before"], trial["settings"]
-        awake = "int8-u8s8" if before["fp32"]["asr"][0] < before["int8-u8s8"]["asr"][0] / 2 else "fp32"
+        awake, after = awake_in(trial["before"]), trial["settings"]
         line = found.setdefault((difference(trial["recipe"]), trial["fit"], trial["seed"]), {})
         line[trial["model"]] = f"{percent(after[awake]['acc'])} / {percent(after[awake]['asr'])}"
     models = [name for name in ZOO if sum(name in line for line in found.values()) > 1]

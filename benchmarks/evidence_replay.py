@@ -235,7 +235,7 @@ def main(**o: Any) -> None:
     settings = [Setting(name, SETTINGS[name], {"kind": "onnx"}, False) for name in names]
     wanted: list[dict[str, Any]] = [{"share": s} for s in o["shares"]] + [{"left": a} for a in o["lefts"]]
     wanted += [json.loads(recipe) for recipe in o["recipes"]]
-    asked_too = [(path, load(path, cards.read(path.with_suffix(".json")))) for path in o["references"]]
+    clean_ones = [(path, load(path, cards.read(path.with_suffix(".json")))) for path in o["references"]]
     for path in o["models"]:
         card = cards.read(path.with_suffix(".json"))
         rows = stored["models"].setdefault(path.stem, [])
@@ -247,7 +247,7 @@ def main(**o: Any) -> None:
         known = {kind: best_known(searches, probe, work) for kind, probe in work.probes.items()}
         compared = [
             tried_again(through_settings(lined, settings, bench), known, work)
-            for path, network in (asked_too if repairs else ())
+            for path, network in (clean_ones if repairs else ())
             for lined in [at_the_head(network, HEAD, "original", digests.of_file(path), bench)]
         ]
         clean = load(o["clean"], cards.read(o["clean"].with_suffix(".json"))) if o["clean"] else None
