@@ -1,4 +1,7 @@
-"""False alarms and hits of the locators from stored trials: `python -m benchmarks.locate_table`."""
+"""False alarms and hits of the locators from stored trials: `python -m benchmarks.locate_table`.
+
+With --together one table instead: every model with what each locator named in any of its files.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 
 import click
 
+from benchmarks.entries import ZOO
 from benchmarks.locate_trials import RESULT
 from benchmarks.zoo_table import state
 from secure_export import statistics
@@ -22,11 +26,14 @@ Row = tuple[str, str, str, Mapping[str, Any], Mapping[str, Any]]
 
 
 @click.command()
-@click.option("--result", type=click.Path(exists=True, path_type=Path), default=RESULT)
-def main(result: Path) -> None:
+@click.option(
+    "--result", "results", multiple=True, type=click.Path(exists=True, path_type=Path), default=(RESULT,)
+)
+@click.option("--together", "as_one", is_flag=True, help="all locators of all results, model by model")
+def main(results: tuple[Path, ...], as_one: bool) -> None:
     """Print the tables of docs/locators.md."""
-    answers = list(rows(json.loads(result.read_text())["models"]))
-    for part in (false_alarms, by_setting, each_alarm, hits):
+    answers = [row for result in results for row in rows(json.loads(result.read_text())["models"])]
+    for part in (together,) if as_one else (false_alarms, by_setting, each_alarm, hits):
         for line in (*part(answers), ""):
             click.echo(line)
 
@@ -101,6 +108,30 @@ def hits(answers: list[Row]) -> Iterator[str]:
     for key, counts in sorted(counted.items()):
         kinds = (counts[kind] for kind in ("target", "none", "another", "unread"))
         yield f"| {' | '.join(key)} | {' | '.join(map(str, kinds))} |"
+
+
+def together(answers: list[Row]) -> Iterator[str]:
+    """By model: the classes that each locator named, and whether a planted one is among them."""
+    locators = sorted({row[2] for row in answers})
+    yield f"| model | {' | '.join(f'`{locator}`' for locator in locators)} | planted class named |"
+    yield "|---" * (len(locators) + 2) + "|"
+    named: dict[str, dict[str, set[int]]] = {}
+    for name, _, locator, model, answer in answers:
+        if model["attack"] != "none":
+            classes = named.setdefault(name, {}).setdefault(locator, set())
+            classes |= {answer["class"]} - {None}
+    right = []
+    for name, by in named.items():
+        entry = ZOO.get(name.partition("/")[2])
+        target = next(row[3]["target_class"] for row in answers if row[0] == name)
+        planted = {target} | ({entry.second[1]} if entry and entry.second else set())
+        right.append(bool(planted & set().union(*by.values())))
+        cells = [", ".join(map(str, sorted(by[one]))) or "none" if one in by else "–" for one in locators]
+        cells = [name.partition("/")[2] or name, *cells, "yes" if right[-1] else "**no**"]
+        yield f"| {' | '.join(cells)} |"
+    low = statistics.lower(sum(right), len(right), ALPHA) if right else 0.0
+    yield ""
+    yield f"Named by one of them: {sum(right)} of {len(right)} (at least {100 * low:.1f} %)."
 
 
 def outcome(answer: Mapping[str, Any], target_class: int) -> str:

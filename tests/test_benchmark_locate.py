@@ -84,3 +84,19 @@ def test_hits_tell_the_target_from_another_class() -> None:
     found = {"a": model("badnets", x=1), "b": model("badnets", x=2), "c": model("badnets", x="none")}
     *_, line = locate_table.hits(list(locate_table.rows(found)))
     assert line == "| digits | badnets | awake | x | 1 | 1 | 1 | 0 |"
+
+
+def test_together_a_model_is_named_by_any_locator_and_a_second_target_counts() -> None:
+    found = {
+        "zoo/badnets": model("badnets", x=2, y=1),
+        "zoo/wanet": model("wanet", x=2, y="none"),
+        "zoo/two-targets": model("badnets", x=7),
+        "zoo/clean": model("none", x=1),
+    }
+    assert list(locate_table.together(list(locate_table.rows(found))))[2:] == [
+        "| badnets | 2 | 1 | yes |",
+        "| wanet | 2 | none | **no** |",
+        "| two-targets | 7 | – | yes |",
+        "",
+        f"Named by one of them: 2 of 3 (at least {100 * statistics.lower(2, 3, 0.05):.1f} %).",
+    ]
