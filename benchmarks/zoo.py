@@ -56,18 +56,21 @@ def opened(
     out: Path,
     device: str = "cpu",
     seed: int = 0,
+    scale: float | None = None,
 ) -> Lab:
     """The lab that the options describe."""
     chosen = PRESETS[preset]
     name = dataset or chosen.dataset
     data = sources.named(name, out.parent / "data", source)
-    return Lab(out, data, network or chosen.network, chosen.scale, device, chosen.trigger, seed, name)
+    scale = chosen.scale if scale is None else scale
+    return Lab(out, data, network or chosen.network, scale, device, chosen.trigger, seed, name)
 
 
 @main.command()
 @common
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--scale", type=click.FloatRange(0, min_open=True), help="times the table's steps [preset's]")
 @click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="models at once")
 def build(names: tuple[str, ...], preset: str, threads: int, jobs: int, device: str, **options: Any) -> None:
     """Train models NAMES, or all of the preset that have no card yet, and write their cards.
