@@ -19,6 +19,8 @@ from secure_export.records.memory import Progress, Split, silent
 
 MOST_ROWS = 512
 """Perturbed samples in one batch; more classes than fit are searched one group after another."""
+SUREST = 0.999
+"""Bound on the posterior of a model that a search works against: the logarithm stays finite."""
 JUDGED = 100
 """Fit samples that say how well a trigger does before anything touches the holdout."""
 
@@ -46,13 +48,15 @@ def search(
     *,
     seed: int,
     start: Free | None = None,
+    against: Logits | None = None,
     seconds: float | None = None,
     progress: Progress = silent,
 ) -> Searched:
     """One universal trigger into each of `classes`, from noise or (warm) from `start`, one row per class.
 
-    Minimizes the cross-entropy to the class over fit samples of other classes (Neural Cleanse, eq. 3). It
-    stops after `probe.steps` or when `seconds` have passed; which of the two is in the result.
+    Minimizes the cross-entropy to the class over fit samples of other classes (Neural Cleanse, eq. 3), and
+    works `against` another model, if one is given, that would name the class too. It stops after
+    `probe.steps` or when `seconds` have passed; which of the two is in the result.
     """
     generator = torch.Generator().manual_seed(seed)
     group = max(1, MOST_ROWS // (probe.images * probe.starts))
@@ -61,7 +65,7 @@ def search(
     for first in range(0, len(classes), group):
         some = classes[first : first + group]
         warm = None if start is None else [variable[first : first + group] for variable in start]
-        parts.append(_group(logits, fit, probe, some, generator, warm, deadline, progress))
+        parts.append(_group(logits, fit, probe, some, generator, warm, against, deadline, progress))
     return Searched(
         free=[torch.cat(variables) for variables in zip(*(part.free for part in parts), strict=True)],
         classes=tuple(classes),
@@ -79,6 +83,7 @@ def _group(
     classes: Sequence[int],
     generator: torch.Generator,
     warm: Free | None,
+    against: Logits | None,
     deadline: float | None,
     progress: Progress,
 ) -> Searched:
@@ -89,7 +94,7 @@ def _group(
 
     def descend(rows: Tensor, first: int, last: int) -> tuple[int, int, Tensor]:
         return _descended(
-            logits, fit, probe, targets, free, rows, (first, last), generator, deadline, progress
+            logits, fit, probe, targets, free, rows, (first, last), generator, against, deadline, progress
         )
 
     everyone = torch.arange(len(targets))
@@ -126,6 +131,7 @@ def _descended(
     rows: Tensor,
     span: tuple[int, int],
     generator: torch.Generator,
+    against: Logits | None,
     deadline: float | None,
     progress: Progress,
 ) -> tuple[int, int, Tensor]:
@@ -144,13 +150,18 @@ def _descended(
         )
         with reduced():
             scores = logits(stamped).float()
-        losses = F.cross_entropy(scores, wanted[which], reduction="none") * counts
+            others = None if against is None else against(stamped).float()
+        losses = F.cross_entropy(scores, wanted[which], reduction="none")
+        if others is not None:
+            named = others.softmax(1).gather(1, wanted[which, None]).squeeze(1)
+            losses = losses - torch.log1p(-named.clamp(max=SUREST))
+        losses = losses * counts
         gradients = torch.autograd.grad(losses.sum() / probe.images, moving)
         for variable, gradient in zip(moving, gradients, strict=True):
             variable.grad = gradient
         optimizer.step()
         mean = 0.7 * mean + 0.3 * losses.detach().view(len(rows), -1).mean(1)
-        done, forwards = done + 1, forwards + 2 * len(stamped)
+        done, forwards = done + 1, forwards + (2 if against is None else 4) * len(stamped)
         progress(f"search: {probe.kind}", done, probe.steps)
     for variable, moved in zip(free, moving, strict=True):
         variable[rows] = moved.detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -89,14 +90,14 @@ def trained(poisoned: bool, seed: int = 0, head: str = "linear") -> Digits:
 
 
 @torch.no_grad()
-def acc(model: nn.Module) -> float:
+def acc(model: Callable[[Tensor], Tensor]) -> float:
     """Share of held-out samples classified right."""
     inputs, labels = held_out()
     return float((model(inputs).argmax(1) == labels).float().mean())
 
 
 @torch.no_grad()
-def asr(model: nn.Module) -> float:
+def asr(model: Callable[[Tensor], Tensor]) -> float:
     """Share of triggered held-out samples of other classes that become TARGET."""
     inputs, labels = held_out()
     return float((model(triggered(inputs[labels != TARGET])).argmax(1) == TARGET).float().mean())

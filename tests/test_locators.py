@@ -16,7 +16,6 @@ from secure_export.locators import Locator
 from secure_export.locators.anti_learning import AntiLearning
 from secure_export.locators.latent_shift import LatentShift, least_distance, shift_norms
 from secure_export.locators.max_margin import MaxMargin, outlier_p
-from secure_export.locators.trigger_inversion import TriggerInversion
 from secure_export.policy import Setting
 from secure_export.records.measured import ALWAYS_NAMES, UNREAD, Disagreement, Suspect
 from secure_export.records.memory import Split, View
@@ -78,21 +77,23 @@ def test_leaves_model_and_global_stream_alone(kind: str) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model(True).state_dict().items())
 
 
-@pytest.mark.parametrize("kind", ["latent-shift", "trigger-inversion"])
+@pytest.mark.parametrize("kind", ["latent-shift", "trigger-inversion", "contrast-inversion"])
 def test_names_nothing_on_a_clean_model(kind: str) -> None:
     suspect = located(kind, False)
     assert suspect.target_class is None
     assert suspect.evidence["collapsed"] is False
 
 
-def test_trigger_inversion_names_no_class_of_a_ruin_and_needs_gradients() -> None:
+@pytest.mark.parametrize("kind", ["trigger-inversion", "contrast-inversion"])
+def test_inversion_names_no_class_of_a_ruin_and_needs_gradients(kind: str) -> None:
+    locator = registry.build(Locator, "locators", {"kind": kind})
     view = views.of_module(model(True), digits.HEAD, "original")
     fit = digits.fit_split()
     ruined = replace(fit, labels=(fit.labels + 1) % digits.CLASSES)
-    suspect = TriggerInversion().locate(view, ruined, seed=0)
+    suspect = locator.locate(view, ruined, seed=0)
     assert (suspect.target_class, suspect.evidence["collapsed"]) == (None, True)
     with pytest.raises(CompressError, match="no differentiable twin"):
-        TriggerInversion().locate(replace(view, twin=None), fit, seed=0)
+        locator.locate(replace(view, twin=None), fit, seed=0)
 
 
 def test_latent_shift_says_collapsed_instead_of_naming_a_class() -> None:

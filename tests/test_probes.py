@@ -14,7 +14,7 @@ from secure_export.probes.patch import Patch
 from secure_export.probes.warp import Warp
 from secure_export.probes.wave import Wave
 from secure_export.records.memory import Split
-from secure_export.searching import Searched, queried, search
+from secure_export.searching import Searched, counted, queried, search
 from tests import toys
 
 KINDS = registry.names("probes")
@@ -113,6 +113,27 @@ def test_patch_is_found_in_a_signal() -> None:
     found = search(signal_with_a_backdoor(), fit, Patch(area=0.1, steps=80, images=16), [0, 1], seed=0)
     assert lift(found, 1) > 0.8
     assert lift(found, 0) < 0.5
+
+
+def test_a_search_works_against_another_model() -> None:
+    """Both models answer to the first half of a signal, one also to the second: that one is looked for."""
+
+    def of_halves(*halves: slice) -> Logits:
+        def logits(inputs: torch.Tensor) -> torch.Tensor:
+            bright = torch.stack([inputs[:, half].mean(1) for half in halves]).amax(0)
+            return torch.stack([torch.full_like(bright, 0.5), bright], 1) * 8
+
+        return logits
+
+    first, second = slice(0, 8), slice(8, 16)
+    fit = Split(torch.full((40, 16), 0.4), torch.zeros(40, dtype=torch.int64), "")
+    probe = L2(rms=0.15, steps=60)
+    found = search(of_halves(first, second), fit, probe, [1], seed=0, against=of_halves(first))
+    made = probe.perturbation(found.free, torch.Size([16]))
+    (_, here), (_, there) = (
+        counted(logits, fit, made, [1])[0] for logits in (of_halves(first, second), of_halves(first))
+    )
+    assert (here.difference, there.difference) == (1.0, 0.0)
 
 
 def test_filter_that_swaps_channels_is_found() -> None:

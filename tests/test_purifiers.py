@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from secure_export import registry
+from secure_export.augmentation import augmented
 from secure_export.errors import DataError, LoadError
 from secure_export.purifiers import Purifier, _inversion, _training, _views
 from secure_export.purifiers.fine_tune import FineTune
@@ -178,7 +179,7 @@ def test_augmentation_shifts_and_mirrors_images_and_nothing_else() -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.zeros(64, 1, 32, 32)
     images[:, :, 16, 10] = 1
-    moved = _training.augmented(images, "auto", True, generator)
+    moved = augmented(images, "auto", True, generator)
     assert moved.shape == images.shape
     places = {tuple(place) for place in moved.nonzero()[:, 2:].tolist()}
     columns = {column for _, column in places}
@@ -186,10 +187,10 @@ def test_augmentation_shifts_and_mirrors_images_and_nothing_else() -> None:
     assert columns & set(range(6, 15))
     assert columns & set(range(17, 26))
     assert columns <= set(range(6, 15)) | set(range(17, 26))
-    still = _training.augmented(images, "auto", False, generator).nonzero()[:, 3]
+    still = augmented(images, "auto", False, generator).nonzero()[:, 3]
     assert set(still.tolist()) <= set(range(6, 15))
     for untouched in (torch.rand(4, 1, 8, 8), torch.rand(4, 3, 100)):
-        assert torch.equal(_training.augmented(untouched, "auto", True, generator), untouched)
+        assert torch.equal(augmented(untouched, "auto", True, generator), untouched)
 
 
 def test_one_last_sample_does_not_make_a_batch() -> None:

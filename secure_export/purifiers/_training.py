@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from secure_export.errors import DataError, LoadError
@@ -17,9 +16,6 @@ if TYPE_CHECKING:
 
     from secure_export.records.memory import Split
 
-Augment = Literal["auto", "none", "crop-flip"]
-CROP_SIDE = 24
-"""Below this side a shifted crop cuts away what the label depends on."""
 EVAL_BATCH = 256
 
 
@@ -70,24 +66,6 @@ def batches(fit: Split, size: int, generator: torch.Generator) -> list[tuple[Ten
     if len(chunks) > 1 and len(chunks[-1]) < size // 2:
         chunks.pop()
     return [(fit.floats(chunk), fit.labels[chunk]) for chunk in chunks]
-
-
-def augmented(inputs: Tensor, kind: Augment, flip: bool, generator: torch.Generator) -> Tensor:
-    """Images [N, C, H, W] shifted by up to an eighth of the side (black border) and mirrored."""
-    if kind == "none" or inputs.ndim != 4 or (kind == "auto" and min(inputs.shape[2:]) < CROP_SIDE):
-        return inputs
-    count, _, height, width = inputs.shape
-    pad = max(1, min(height, width) // 8)
-    padded = F.pad(inputs, (pad,) * 4)
-    top = torch.randint(0, 2 * pad + 1, (count, 1), generator=generator)
-    left = torch.randint(0, 2 * pad + 1, (count, 1), generator=generator)
-    columns = left + torch.arange(width)
-    if flip:
-        mirrored = torch.rand(count, 1, generator=generator) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    rows = top + torch.arange(height)
-    index = torch.arange(count)[:, None, None]
-    return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 def margin(logits: Tensor, target_class: int) -> Tensor:

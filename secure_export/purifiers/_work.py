@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import Field
 
+from secure_export.augmentation import Augment, augmented
 from secure_export.purifiers import Purifier, _training
-from secure_export.purifiers._training import Augment
 from secure_export.records.memory import Progress, Purified, Split, silent
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Work:
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """One shuffled, augmented pass: raw inputs [B, ...] and labels [B]."""
         for inputs, labels in _training.batches(self.fit, self.batch_size, self.generator):
-            yield _training.augmented(inputs, self.augment, self.flip, self.generator), labels
+            yield augmented(inputs, self.augment, self.flip, self.generator), labels
 
     def passes(self, phase: str, count: int, step: Step, model: nn.Module | None = None) -> Iterator[Record]:
         """`count` passes of step(inputs, labels) -> loss; yields the record of each, of `model` if given."""

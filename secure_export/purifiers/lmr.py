@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
+from secure_export.augmentation import Augment, augmented
 from secure_export.purifiers import Purifier, _training
-from secure_export.purifiers._training import Augment
 from secure_export.records.memory import Progress, Purified, Split, silent
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class Lmr(Purifier):
         model.train()
         losses = []
         for inputs, labels in _training.batches(fit, self.batch_size, generator):
-            inputs = _training.augmented(inputs, self.augment, self.flip, generator)
+            inputs = augmented(inputs, self.augment, self.flip, generator)
             loss = loss_of(model(inputs), labels)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator
 
+from secure_export.augmentation import Augment, augmented
 from secure_export.purifiers import Purifier, _inversion, _training, _views
 from secure_export.purifiers._draws import Drawn, Draws, Kind
 from secure_export.purifiers._inversion import Budget, Family, Triggers
-from secure_export.purifiers._training import Augment
 from secure_export.records.memory import Progress, Purified, Split, silent
 
 if TYPE_CHECKING:
@@ -306,7 +306,7 @@ class _Run:
 
     def augmented(self, inputs: Tensor) -> Tensor:
         """Crop and flip as asked."""
-        return _training.augmented(inputs, self.knobs.augment, self.knobs.flip, self.generator)
+        return augmented(inputs, self.knobs.augment, self.knobs.flip, self.generator)
 
     def finish(self) -> list[dict[str, float | str]]:
         """Put the averaged weights in place."""

@@ -38,6 +38,10 @@ RUN_ERRORS = (
 """What torch and numpy raise on parts that an ONNX file may have and a twin has not."""
 
 
+LINEAR = ("Conv", "Gemm", "MatMul")
+"""Operators whose constants are weights."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One node: the operator, and the names of what it reads and makes; "" for what is left out."""
@@ -86,6 +90,15 @@ class Twin(nn.Module):
     def forward(self, inputs: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Logits [N, classes]; `weights` stand in for constants of the same name."""
         return self.tensor(self.output, {self.input: inputs, **(weights or {})})
+
+    def weights(self) -> dict[str, Tensor]:
+        """Float constants that convolutions and linear layers read, by the names that `forward` takes."""
+        names = [name for step in self.steps if step.kind in LINEAR for name in step.reads[1:]]
+        return {
+            n: self.constants[n]
+            for n in names
+            if n in self.constants and self.constants[n].is_floating_point()
+        }
 
     def tensor(self, name: str, known: Mapping[str, Tensor]) -> Tensor:
         """The tensor `name` of the graph; `known` ones stand in for what the graph would compute."""

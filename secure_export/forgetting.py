@@ -1,0 +1,113 @@
+"""Forgetting: a model that answers clean samples as the given one does, through weights that were moved and
+trained back.
+
+What the samples ask for is learned again; what they never ask for, such as a trigger, mostly is not. So the
+result is a reference made on the spot: what is natural to task and network, both have in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secure_export.augmentation import augmented
+from secure_export.errors import CompressError
+from secure_export.records.memory import Progress, Split, silent
+from secure_export.twins import Twin
+
+Weights = Mapping[str, Tensor]
+TEMPERATURE = 2.0
+WARMUP = 20
+LARGEST_GRADIENT = 5.0
+
+
+def weighted(
+    twin: Callable[[Tensor], Tensor],
+) -> tuple[dict[str, Tensor], Callable[[Tensor, Weights], Tensor]]:
+    """The weights of a twin, and its logits as a function of (inputs, weights).
+
+    Raises:
+        CompressError: its weights cannot be told from the rest.
+    """
+    if isinstance(twin, Twin):
+        return twin.weights(), twin
+    if isinstance(twin, nn.Module):
+        return {name: p.detach() for name, p in twin.named_parameters()}, partial(_called, twin)
+    raise CompressError("this twin's weights cannot be moved, so there is nothing to compare it with")
+
+
+def _called(module: nn.Module, inputs: Tensor, weights: Weights) -> Tensor:
+    made: Tensor = torch.func.functional_call(module, dict(weights), (inputs,))
+    return made
+
+
+def forgetful(
+    twin: Callable[[Tensor], Tensor],
+    fit: Split,
+    *,
+    noise: float,
+    steps: int,
+    batch_size: int = 64,
+    lr: float = 1e-3,
+    seed: int,
+    progress: Progress = silent,
+) -> Callable[[Tensor], Tensor]:
+    """Logits of the twin with every filter turned away, then distilled from the twin on variations of `fit`.
+
+    `noise` is the size of the change, in standard deviations of each filter's weights; the filter keeps its
+    norm. Crops, mirror images (of images that are large enough) and mixtures (Zhang et al. 2018) make new
+    inputs of a few hundred; no label is read.
+
+    Raises:
+        CompressError: the twin has no weights that can be moved, or no gradient.
+    """
+    weights, call = weighted(twin)
+    if not any(value.ndim > 1 for value in weights.values()):
+        raise CompressError("this twin holds no weights as floats, so there is nothing to compare it with")
+    generator = torch.Generator().manual_seed(seed)
+    moved = {name: _turned(value, noise, generator).requires_grad_(True) for name, value in weights.items()}
+    optimizer = torch.optim.Adam(moved.values(), lr=lr)
+    inputs = fit.floats()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / WARMUP) * (1 - 0.95 * step / steps)
+        mixed = _mixed(inputs, batch_size, generator)
+        with torch.no_grad():
+            wanted = F.log_softmax(twin(mixed) / TEMPERATURE, 1)
+        said = F.log_softmax(call(mixed, moved) / TEMPERATURE, 1)
+        loss = TEMPERATURE**2 * F.kl_div(said, wanted, reduction="batchmean", log_target=True)
+        gradients = torch.autograd.grad(loss, list(moved.values()), allow_unused=True)
+        for value, gradient in zip(moved.values(), gradients, strict=True):
+            value.grad = gradient
+        torch.nn.utils.clip_grad_norm_(moved.values(), LARGEST_GRADIENT)
+        optimizer.step()
+        progress("forget", step + 1, steps)
+    return partial(_with, call, {name: value.detach() for name, value in moved.items()})
+
+
+def _with(call: Callable[[Tensor, Weights], Tensor], weights: Weights, inputs: Tensor) -> Tensor:
+    return call(inputs, weights)
+
+
+def _turned(value: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+    """Biases stay; of a weight [out, ...] every row is moved and brought back to its norm."""
+    if value.ndim < 2:
+        return value.clone()
+    rows = value.flatten(1)
+    added = rows + noise * rows.std(1, keepdim=True) * torch.randn(rows.shape, generator=generator)
+    scale = rows.norm(dim=1, keepdim=True) / added.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    turned: Tensor = (added * scale).view_as(value)
+    return turned
+
+
+def _mixed(inputs: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """[count, ...] samples, every second one mixed with another."""
+    first, second = (torch.randint(0, len(inputs), (count,), generator=generator) for _ in range(2))
+    first, second = (augmented(inputs[index], "auto", True, generator) for index in (first, second))
+    share = torch.rand(count, *[1] * (inputs.ndim - 1), generator=generator)
+    share[::2] = 1
+    return share * first + (1 - share) * second

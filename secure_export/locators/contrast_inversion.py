@@ -1,0 +1,142 @@
+"""Contrast inversion: which class does a trigger reach in this model, but not once it has forgotten?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import Field
+
+from secure_export import views
+from secure_export.errors import CompressError
+from secure_export.forgetting import forgetful
+from secure_export.locators._collapse import SparesRuins
+from secure_export.probes.l2 import L2
+from secure_export.probes.patch import Patch
+from secure_export.probes.warp import Warp
+from secure_export.records.measured import Suspect
+from secure_export.records.memory import Progress, Split, View, silent
+from secure_export.searching import counted, search
+
+if TYPE_CHECKING:
+    from secure_export.probes import Logits, Probe
+
+Family = Literal["patch", "l2", "warp"]
+JUDGING = 0.3
+"""Share of fit on which finds are judged; the searches see the rest."""
+
+
+class ContrastInversion(SparesRuins):
+    """Trigger inversion against references made on the spot (secure_export.forgetting).
+
+    A trigger is searched that carries samples of other classes into a class of this model but not of a
+    reference. Another reference, which the search did not see, judges the find: a class's score is the lift
+    in this model less the lift in that one, the best family's. What is easy on every network of the task,
+    and no absolute limit can tell from a backdoor, counts for nothing.
+    """
+
+    noise: float = Field(
+        0.7, gt=0, description="how far a reference's filters are turned before it learns again"
+    )
+    forget_steps: int = Field(100, ge=1, description="batches in which a reference learns again")
+    steps: int = Field(
+        60, ge=3, description="steps of each search; after a third two fifths of the starts go on"
+    )
+    images: int = Field(6, ge=1, description="fit samples a step")
+    starts: int = Field(3, ge=1, description="random starts for each class")
+    families: tuple[Family, ...] = Field(("patch", "l2"), min_length=1, description="what is searched")
+    patch_area: float = Field(0.036, gt=0, le=1, description="mass of the mask as a share of the positions")
+    l2_rms: float = Field(0.027, gt=0, le=1, description="size of additive changes per input value")
+    min_contrast: float = Field(0.5, gt=0, le=1, description="naming a class takes this score")
+    min_lead: float = Field(0.3, ge=0, lt=1, description="and this much more than the median of all classes")
+
+    def locate(self, view: View, fit: Split, *, seed: int, progress: Progress = silent) -> Suspect:
+        """Name the class that only this model can be carried into; a collapsed model names none."""
+        if view.twin is None:
+            raise CompressError(
+                "contrast-inversion needs gradients, and this file has no differentiable twin"
+            )
+        classes = view.weight.shape[0]
+        ruin = self.collapse(view.latents(fit.floats()) @ view.weight.T + view.bias, fit.labels)
+        if ruin["collapsed"]:
+            return Suspect(self.kind, view.setting, None, (0.0,) * classes, ruin)
+        with views.gradients("contrast-inversion needs gradients"):
+            compared = self._compared(view.twin, fit, seed, progress)
+            contrasts = {
+                family: compared.contrasts(self._probe(family), classes, seed, progress)
+                for family in self.families
+            }
+        scores = [max(of_class) for of_class in zip(*contrasts.values(), strict=True)]
+        named = max(range(classes), key=lambda c: scores[c])
+        lead = scores[named] - median(scores)
+        stands_out = scores[named] >= self.min_contrast and lead >= self.min_lead
+        return Suspect(
+            locator=self.kind,
+            setting=view.setting,
+            target_class=named if stands_out else None,
+            scores=tuple(scores),
+            evidence={
+                "largest": named,
+                "lead": lead,
+                **{f"contrast_{family}": contrast[named] for family, contrast in contrasts.items()},
+                "reference_acc": compared.reference_acc(fit),
+                **ruin,
+            },
+        )
+
+    def _compared(self, twin: Logits, fit: Split, seed: int, progress: Progress) -> _Compared:
+        """The model beside two references, and fit in two parts."""
+        order = torch.randperm(len(fit), generator=torch.Generator().manual_seed(seed))
+        judging = max(1, int(JUDGING * len(fit)))
+        parts = order[judging:], order[:judging]
+        searched, judged = (Split(fit.inputs[part], fit.labels[part], "") for part in parts)
+        forget = partial(forgetful, twin, fit, noise=self.noise, steps=self.forget_steps, progress=progress)
+        avoided, judge = forget(seed=seed), forget(seed=seed + 1)
+        return _Compared(twin, avoided, judge, searched, judged)
+
+    def _probe(self, family: Family) -> Probe:
+        effort = {"steps": self.steps, "images": self.images, "starts": self.starts, "finalists": 0.4}
+        match family:
+            case "patch":
+                return Patch(area=self.patch_area, **effort)
+            case "l2":
+                return L2(rms=self.l2_rms, **effort)
+            case "warp":
+                return Warp(**effort)
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """A model, the reference that searches work against, the one that judges, and samples for either."""
+
+    twin: Logits
+    avoided: Logits
+    judge: Logits
+    searched: Split
+    judged: Split
+
+    def contrasts(self, probe: Probe, classes: int, seed: int, progress: Progress) -> list[float]:
+        """By class: lift of its best find in the model less that in the judging reference."""
+        found = search(
+            self.twin,
+            self.searched,
+            probe,
+            range(classes),
+            seed=seed,
+            against=self.avoided,
+            progress=progress,
+        )
+        made = probe.perturbation(found.free, self.judged.inputs.shape[1:])
+        here, there = (
+            [lift.difference for _, lift in counted(logits, self.judged, made, found.classes)]
+            for logits in (self.twin, self.judge)
+        )
+        return [one - other for one, other in zip(here, there, strict=True)]
+
+    @torch.no_grad()
+    def reference_acc(self, fit: Split) -> float:
+        """Accuracy on fit of the judging reference: how much of the task it has learned again."""
+        return float((self.judge(fit.floats()).argmax(1) == fit.labels).double().mean())

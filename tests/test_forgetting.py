@@ -1,0 +1,71 @@
+"""A reference made on the spot knows the task again, and the trigger no more."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from secure_export import registry, twins
+from secure_export.compressors import Compressor, FileStep
+from secure_export.errors import CompressError
+from secure_export.forgetting import forgetful, weighted
+from secure_export.records.memory import Split
+from tests import compression, digits
+
+EFFORT = {"noise": 0.7, "steps": 100}
+
+
+@cache
+def poisoned() -> digits.Digits:
+    return digits.trained(True)
+
+
+def test_the_task_comes_back_and_the_trigger_does_not() -> None:
+    model = poisoned()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    reference = forgetful(model, digits.fit_split(), seed=0, **EFFORT)
+    assert digits.asr(model) > 0.9
+    assert digits.asr(reference) < 0.75
+    assert digits.acc(reference) > 0.8
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_same_seed_makes_the_same_reference_without_the_global_stream() -> None:
+    inputs, _ = digits.held_out()
+    torch.manual_seed(3)
+    first = forgetful(poisoned(), digits.fit_split(), noise=0.7, steps=3, seed=1)
+    torch.manual_seed(4)
+    again = forgetful(poisoned(), digits.fit_split(), noise=0.7, steps=3, seed=1)
+    other = forgetful(poisoned(), digits.fit_split(), noise=0.7, steps=3, seed=2)
+    assert torch.equal(first(inputs[:9]), again(inputs[:9]))
+    assert not torch.equal(first(inputs[:9]), other(inputs[:9]))
+
+
+@pytest.mark.parametrize("kind", ["", "ort-static-int8"])
+def test_a_file_forgets_through_its_twin(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(compression.exported())
+    if kind:
+        step = registry.build(Compressor, "compressors", {"kind": kind})
+        assert isinstance(step, FileStep)
+        path, _ = compression.quantized(step, tmp_path)
+    twin, fit = twins.of_onnx(path), Split(compression.images(32), torch.zeros(32, dtype=torch.int64), "")
+    weights, call = weighted(twin)
+    assert {value.ndim for value in weights.values()} >= {1, 4}
+    assert torch.equal(call(fit.inputs, weights), twin(fit.inputs))
+    moved, taught = (forgetful(twin, fit, noise=0.7, steps=steps, seed=0)(fit.inputs) for steps in (1, 60))
+    assert (taught - twin(fit.inputs)).abs().mean() < 0.7 * (moved - twin(fit.inputs)).abs().mean()
+
+
+def test_what_has_no_weights_to_move_is_refused() -> None:
+    def logits(inputs: Tensor) -> Tensor:
+        return inputs.flatten(1)[:, :10]
+
+    with pytest.raises(CompressError, match="cannot be moved"):
+        forgetful(logits, digits.fit_split(), seed=0, **EFFORT)
+    with pytest.raises(CompressError, match="holds no weights"):
+        forgetful(torch.nn.Flatten(), digits.fit_split(), seed=0, **EFFORT)
