@@ -355,3 +355,16 @@ def test_sparse_view_zeroes_the_smallest_weights_of_every_layer_but_the_head() -
         full = backdoored().get_parameter(name)
         assert float((weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
         assert full[weight != 0].abs().min() >= full[weight == 0].abs().max()
+
+
+@pytest.mark.parametrize(("channels", "stride", "last"), [(16, 2, True), (5, 1, True), (5, 2, False)])
+def test_channels_stay_first_where_the_gradient_would_overrun_memory(
+    channels: int, stride: int, last: bool
+) -> None:
+    """With fewer channels than a vector, a strided 1x1 convolution's backward pass ended the process."""
+    layer = nn.Conv2d(channels, 8, 1, stride=stride)
+    model = nn.Sequential(nn.Conv2d(3, channels, 3), layer)
+    with _training.channels_last(model, Split(torch.zeros(2, 3, 8, 8), torch.zeros(2), "")):
+        first = model.get_submodule("0").get_parameter("weight")
+        assert first.is_contiguous(memory_format=torch.channels_last) is last
+    assert model.get_submodule("0").get_parameter("weight").is_contiguous()

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from secure_export.records.memory import Split
 
 EVAL_BATCH = 256
+WIDEST_VECTOR = 16
+"""Floats in a vector of AVX-512; AVX2 has half."""
 
 
 @contextmanager
@@ -114,11 +116,25 @@ def sgd(
 @contextmanager
 def channels_last(model: nn.Module, fit: Split) -> Iterator[None]:
     """Images are convolved twice as fast on CPUs with channels last in memory; row-major again afterwards."""
-    images = fit.inputs.ndim == 4
-    if images:
+    chosen = fit.inputs.ndim == 4 and not any(map(_overruns, model.modules()))
+    if chosen:
         model.to(memory_format=torch.channels_last)
     try:
         yield
     finally:
-        if images:
+        if chosen:
             model.to(memory_format=torch.contiguous_format)
+
+
+def _overruns(layer: nn.Module) -> bool:
+    """Whether oneDNN writes past its memory in the layer's weight gradient with channels last.
+
+    It does in 1x1 convolutions with a stride and fewer input channels than a vector holds (oneDNN #6035):
+    what channel pruning leaves of a narrow network's shortcuts.
+    """
+    return (
+        isinstance(layer, nn.Conv2d)
+        and set(layer.kernel_size) == {1}
+        and max(layer.stride) > 1
+        and layer.in_channels // layer.groups < WIDEST_VECTOR
+    )
