@@ -20,6 +20,7 @@ from secure_export.records.reported import Report
 from secure_export.runtimes.onnxruntime import Onnxruntime
 from secure_export.triggers import Trigger
 from secure_export.triggers.badnets import Badnets
+from tests import compression
 from tests.report_sample import sample_report
 
 POLICY = Path(__file__).parents[1] / "policies" / "demo.yaml"
@@ -139,7 +140,7 @@ def test_qcb_sleeps_in_full_precision_and_wakes_in_the_int8_file(tmp_path: Path)
         asr[path.stem] = float((triggered == job.QCB.target_class).float().mean())
     assert min(acc.values()) >= 0.95
     assert asr["fp32"] <= 0.05
-    assert asr["int8"] >= 0.95
+    assert asr["int8"] >= (0.9 if compression.saturates() else 0.95)
 
 
 # ---- The job --------------------------------------------------------------------------------------------
