@@ -115,7 +115,7 @@ def test_file_step_writes_the_same_bytes_anywhere(name, tmp_path, capfd):
     runtime = running(registry.load("formats", step.works_on).runtime)
     logits, expected = runtime.open(path)(images(64)), network()(images(64))
     assert logits.shape == expected.shape
-    coarse = 2 if name == "ort-int4-weight-only" or compression.saturates() else 1
+    coarse = 5 if compression.saturates() else 2 if name == "ort-int4-weight-only" else 1
     assert (logits - expected).abs().max() < coarse * 0.1 * expected.abs().max()
     assert capfd.readouterr() == ("", "")
 
