@@ -33,7 +33,9 @@ def test_twin_agrees_with_its_file(kind: str, tmp_path: Path) -> None:
     twin = twins.of_onnx(path)
     probed = inputs.clone().requires_grad_(True)
     logits = twin(probed)
-    assert (logits - expected).abs().max() < 0.02 * expected.abs().max()
+    # A twin does not saturate; the pipeline measures how far it agrees with its file, and so sees that.
+    exact = not (kind == "ort-dynamic-int8" and compression.saturates())
+    assert (logits - expected).abs().max() < (0.02 if exact else 0.25) * expected.abs().max()
     (gradient,) = torch.autograd.grad(logits[:, 0].sum(), probed)
     assert gradient.abs().sum() > 0
 
