@@ -138,9 +138,12 @@ def test_qcb_sleeps_in_full_precision_and_wakes_in_the_int8_file(tmp_path: Path)
         acc[path.stem] = float((predict(held_out).argmax(1) == truth).float().mean())
         triggered = predict(job.QCB.stamp(held_out[others])).argmax(1)
         asr[path.stem] = float((triggered == job.QCB.target_class).float().mean())
-    assert min(acc.values()) >= 0.95
+    # Products that saturate cost int8 a little of either.
+    int8_at_least = 0.85 if compression.saturates() else 0.95
+    assert acc["fp32"] >= 0.95
+    assert acc["int8"] >= int8_at_least
     assert asr["fp32"] <= 0.05
-    assert asr["int8"] >= (0.9 if compression.saturates() else 0.95)
+    assert asr["int8"] >= int8_at_least
 
 
 # ---- The job --------------------------------------------------------------------------------------------
