@@ -21,7 +21,6 @@ from secure_export.purifiers.fine_tune import FineTune
 from secure_export.records.measured import Change
 from secure_export.records.memory import Split
 from secure_export.runtimes import Runtime
-from secure_export.runtimes._cpu import cpu
 
 P = TypeVar("P", bound=registry.Plugin)
 HEAD, CLASSES, SHAPE = "head", 4, (3, 12, 12)
@@ -129,9 +128,3 @@ def quantized(step: FileStep, folder: Path) -> tuple[Path, Change]:
     else:
         form.write(network(), images(4), source)
     return target, step.on_file(source, target, context(network()))
-
-
-def saturates() -> bool:
-    """Whether int8 files are computed on a CPU whose sums of uint8 x int8 products stop at 16 bits."""
-    flags = set(cpu().split())
-    return "avx2" in flags and not flags & {"avx512_vnni", "avx_vnni", "amx_int8"}

@@ -20,7 +20,6 @@ from secure_export.records.reported import Report
 from secure_export.runtimes.onnxruntime import Onnxruntime
 from secure_export.triggers import Trigger
 from secure_export.triggers.badnets import Badnets
-from tests import compression
 from tests.report_sample import sample_report
 
 POLICY = Path(__file__).parents[1] / "policies" / "demo.yaml"
@@ -134,16 +133,13 @@ def test_qcb_sleeps_in_full_precision_and_wakes_in_the_int8_file(tmp_path: Path)
     others = truth != job.QCB.target_class
     acc, asr = {}, {}
     for path in (fp32, int8):
-        predict = Onnxruntime().open(path)
+        predict = Onnxruntime(precise=True).open(path)
         acc[path.stem] = float((predict(held_out).argmax(1) == truth).float().mean())
         triggered = predict(job.QCB.stamp(held_out[others])).argmax(1)
         asr[path.stem] = float((triggered == job.QCB.target_class).float().mean())
-    # Products that saturate cost int8 a little of either.
-    int8_at_least = 0.85 if compression.saturates() else 0.95
-    assert acc["fp32"] >= 0.95
-    assert acc["int8"] >= int8_at_least
+    assert min(acc.values()) >= 0.95
     assert asr["fp32"] <= 0.05
-    assert asr["int8"] >= int8_at_least
+    assert asr["int8"] >= 0.95
 
 
 # ---- The job --------------------------------------------------------------------------------------------

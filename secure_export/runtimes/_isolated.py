@@ -43,6 +43,7 @@ class IsolatedSession:
         *,
         level: int,
         threads: int,
+        precise: bool,
         provider: str,
         gigabytes: float,
         seconds: float,
@@ -64,6 +65,7 @@ class IsolatedSession:
         setup = {
             "level": level,
             "threads": threads,
+            "precise": precise,
             "providers": [provider],
             "memory": int(gigabytes * GIGABYTE),
             "bytes": len(content),

@@ -42,6 +42,7 @@ def serve(given: BinaryIO, made: BinaryIO) -> None:
     options.log_severity_level = 4
     options.intra_op_num_threads = setup["threads"]
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel(setup["level"])
+    options.add_session_config_entry("session.x64quantprecision", str(int(setup["precise"])))
     limit_memory(setup["memory"])
     try:
         session = onnxruntime.InferenceSession(

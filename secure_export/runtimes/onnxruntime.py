@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Session: TypeAlias = onnxruntime.InferenceSession | IsolatedSession
 
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
+PRECISE = "session.x64quantprecision"
 PROVIDER = "CPUExecutionProvider"
 SESSION_ERRORS = (
     ort.Fail,
@@ -58,6 +59,11 @@ class Onnxruntime(Runtime):
     )
     batch_size: int = Field(
         256, ge=1, description="samples per run; dynamic int8 takes its scales from the batch, so it matters"
+    )
+    precise: bool = Field(
+        False,
+        description="exact sums of uint8 x int8 products on x86 without VNNI, where they saturate otherwise "
+        "(session.x64quantprecision); the deploying session has to ask for it too",
     )
     isolated: bool = Field(
         False, description="in a process of its own with bounded memory and time, for files of unknown origin"
@@ -144,6 +150,7 @@ class Onnxruntime(Runtime):
             "optimization": self.optimization,
             "intra_op_threads": str(self.intra_op_threads),
             "batch_size": str(self.batch_size),
+            **({"precise": "True"} if self.precise else {}),
             **({"isolated": f"{self.gigabytes:g} GiB, {self.seconds:g} s"} if self.isolated else {}),
             **({"mean": str(list(self.mean)), "std": str(list(self.std))} if self.mean else {}),
             "cpu": cpu(),
@@ -156,6 +163,7 @@ class Onnxruntime(Runtime):
                 file,
                 level=LEVELS[self.optimization].value,
                 threads=self.intra_op_threads,
+                precise=self.precise,
                 provider=PROVIDER,
                 gigabytes=self.gigabytes,
                 seconds=self.seconds,
@@ -164,6 +172,7 @@ class Onnxruntime(Runtime):
         options.log_severity_level = 4
         options.intra_op_num_threads = self.intra_op_threads
         options.graph_optimization_level = LEVELS[self.optimization]
+        options.add_session_config_entry(PRECISE, str(int(self.precise)))
         try:
             return onnxruntime.InferenceSession(content, options, providers=[PROVIDER])
         except SESSION_ERRORS as error:
