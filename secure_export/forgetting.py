@@ -86,11 +86,8 @@ def forgetful(
         torch.nn.utils.clip_grad_norm_(moved.values(), LARGEST_GRADIENT)
         optimizer.step()
         progress("forget", step + 1, steps)
-    return partial(_with, call, {name: value.detach() for name, value in moved.items()})
-
-
-def _with(call: Callable[[Tensor, Weights], Tensor], weights: Weights, inputs: Tensor) -> Tensor:
-    return call(inputs, weights)
+    learned = {name: value.detach() for name, value in moved.items()}
+    return lambda inputs: call(inputs, learned)
 
 
 def _turned(value: Tensor, noise: float, generator: torch.Generator) -> Tensor:

@@ -20,7 +20,7 @@ from secure_export.errors import CompressError, LoadError, PolicyError
 from secure_export.factories import printable
 from secure_export.lane import Bench
 from secure_export.measure import Reference, logits_of
-from secure_export.policy.schema import ARTIFACT, SubjectSpec
+from secure_export.policy.schema import ARTIFACT, Policy, SubjectSpec
 from secure_export.records.measured import Artifact, Count, Paired, SettingResult
 from secure_export.records.memory import Predictor
 from secure_export.records.reported import SubjectInfo
@@ -49,10 +49,11 @@ class Incoming:
     predict: Predictor
 
 
-def options(wanted: SubjectSpec) -> Options:
+def options(policy: Policy) -> Options:
     """How ONNX Runtime opens a stranger's file: apart, and behind the normalization that the user names."""
+    wanted = policy.subject
     normalized = {"mean": wanted.mean, "std": wanted.std} if wanted.mean and wanted.std else {}
-    return {"onnxruntime": {"isolated": True, **normalized}}
+    return {"onnxruntime": {"isolated": True, "precise": policy.precise_int8, **normalized}}
 
 
 @contextmanager

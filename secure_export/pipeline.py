@@ -29,7 +29,7 @@ from secure_export.lane import (
     through_settings,
 )
 from secure_export.ledger import Ledger
-from secure_export.policy import Policy, SubjectSpec, approve, check_plugins, judge
+from secure_export.policy import Policy, approve, check_plugins, judge
 from secure_export.records.measured import Finding, SettingResult, Suspect, Verdict
 from secure_export.records.memory import Progress, Splits, Subject, silent
 from secure_export.records.reported import (
@@ -50,6 +50,10 @@ NOT_SHOWN = (
     "that no trigger exists: only the triggers listed above were applied",
     "anything about runtimes, compression settings or CPUs that are not named here",
     "anything about inputs unlike the clean samples",
+)
+
+IMPRECISE = (
+    "what int8 files do on x86 CPUs without VNNI in sessions that do not set session.x64quantprecision to 1"
 )
 
 
@@ -78,9 +82,7 @@ def whole_job(
     """Everything up to the verdict, for a model whose architecture is known."""
     with clock("load"):
         subject, splits = load(policy, progress)
-        bench = replace(
-            open_bench(policy, run_dir, splits, progress), runtime=options(policy.subject, subject)
-        )
+        bench = replace(open_bench(policy, run_dir, splits, progress), runtime=options(policy, subject))
     with clock("original"):
         original = at_the_head(subject.model, subject.head, "original", subject.sha256, bench)
         originals = through_settings(original, policy.expanded_settings(), bench)
@@ -114,9 +116,7 @@ def gate(
     """Everything up to the verdict, for a file that another tool made: measured as it is."""
     with clock("load"):
         splits = load_data(policy, progress)
-        bench = replace(
-            open_bench(policy, run_dir, splits, progress), runtime=incoming.options(policy.subject)
-        )
+        bench = replace(open_bench(policy, run_dir, splits, progress), runtime=incoming.options(policy))
     with incoming.bounded():
         with clock("load"):
             given = incoming.take(Path(policy.subject.artifact or ""), bench)
@@ -162,11 +162,15 @@ def load(policy: Policy, progress: Progress) -> tuple[Subject, Splits]:
     return subject, splits
 
 
-def options(wanted: SubjectSpec, subject: Subject) -> Options:
-    """Files that hold weights alone are opened into the subject's architecture."""
+def options(policy: Policy, subject: Subject) -> Options:
+    """How files are opened: those that hold weights alone into the subject's architecture."""
+    wanted = policy.subject
     moments = {"mean": wanted.mean, "std": wanted.std} if wanted.mean and wanted.std else {}
     shape = {"input_shape": subject.input_spec.shape, "classes": subject.classes, "head": wanted.head}
-    return {"safetensors": {"architecture": subject.architecture, **shape, **moments}}
+    return {
+        "safetensors": {"architecture": subject.architecture, **shape, **moments},
+        "onnxruntime": {"precise": policy.precise_int8},
+    }
 
 
 def load_data(policy: Policy, progress: Progress) -> Splits:
@@ -260,7 +264,7 @@ def compose(
         evidence=Evidence(
             known_triggers=tuple({"name": spec.name, **spec.plugin} for spec in policy.triggers),
             trigger_search="none",
-            not_shown=NOT_SHOWN,
+            not_shown=(*NOT_SHOWN, *((IMPRECISE,) if policy.precise_int8 else ())),
         ),
         disagreements=defence.disagreements(suspects, policy.expanded_settings()),
         environment=environment(originals, bench),

@@ -128,3 +128,13 @@ def quantized(step: FileStep, folder: Path) -> tuple[Path, Change]:
     else:
         form.write(network(), images(4), source)
     return target, step.on_file(source, target, context(network()))
+
+
+def written(kind: str, folder: Path) -> Path:
+    """`network()` as an ONNX file, through the file step `kind`; as it is where that is empty."""
+    if not kind:
+        path = folder / "model.onnx"
+        path.write_bytes(exported())
+        return path
+    step = registry.build(FileStep, "compressors", {"kind": kind})
+    return quantized(step, folder)[0]

@@ -48,6 +48,14 @@ def test_clean_file_is_released_as_the_same_bytes(gate: Gate) -> None:
     assert report.environment["onnxruntime.isolated"]
 
 
+def test_exact_products_are_asked_for_and_said(gate: Gate) -> None:
+    gate.policy["precise_int8"] = True
+    assert gate.run().exit_code == 0
+    report = load_report(gate.out / "report.json")
+    assert report.environment["onnxruntime.precise"] == "True"
+    assert any("session.x64quantprecision" in gap for gap in report.evidence.not_shown)
+
+
 @pytest.mark.parametrize("compared", [False, True])
 def test_costs_stand_beside_those_of_the_model_it_is_compared_with(gate: Gate, compared: bool) -> None:
     gate.policy["costs"] = True
@@ -141,10 +149,11 @@ def test_fixed_batch_and_other_names_are_run_as_they_are(gate: Gate) -> None:
 # ---- The process that runs it -----------------------------------------------------------------------------
 
 
-def test_isolated_session_gives_the_same_logits_and_view(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precise", [False, True])
+def test_isolated_session_gives_the_same_logits_and_view(precise: bool, tmp_path: Path) -> None:
     path, _ = compression.quantized(OrtStaticInt8(), tmp_path)
     inputs = compression.images(9)
-    apart, here = Onnxruntime(isolated=True, batch_size=4), Onnxruntime(batch_size=4)
+    apart, here = (Onnxruntime(isolated=one, batch_size=4, precise=precise) for one in (True, False))
     assert torch.equal(apart.open(path)(inputs), here.open(path)(inputs))
     theirs, ours = apart.view(path, "x"), here.view(path, "x")
     assert torch.equal(theirs.weight, ours.weight)

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from secure_export import registry, twins
-from secure_export.compressors import Compressor, FileStep
+from secure_export import twins
 from secure_export.errors import CompressError
 from secure_export.forgetting import forgetful, weighted
 from secure_export.records.memory import Split
@@ -47,12 +46,7 @@ def test_the_same_seed_makes_the_same_reference_without_the_global_stream() -> N
 
 @pytest.mark.parametrize("kind", ["", "ort-static-int8"])
 def test_a_file_forgets_through_its_twin(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / "model.onnx"
-    path.write_bytes(compression.exported())
-    if kind:
-        step = registry.build(Compressor, "compressors", {"kind": kind})
-        assert isinstance(step, FileStep)
-        path, _ = compression.quantized(step, tmp_path)
+    path = compression.written(kind, tmp_path)
     twin, fit = twins.of_onnx(path), Split(compression.images(32), torch.zeros(32, dtype=torch.int64), "")
     weights, call = weighted(twin)
     assert {value.ndim for value in weights.values()} >= {1, 4}

@@ -36,6 +36,13 @@ def test_clean_model_is_released_as_the_bytes_that_were_measured(run_toy: RunToy
     assert len(released) == 2
 
 
+def test_how_int8_files_were_opened_travels_with_them(run_toy: RunToy) -> None:
+    plain, exact = run_toy(toys.clean()), run_toy(toys.clean(), precise_int8=True)
+    assert "onnxruntime.precise" not in plain.environment
+    assert exact.environment["onnxruntime.precise"] == "True"
+    assert set(exact.evidence.not_shown) > set(plain.evidence.not_shown)
+
+
 @pytest.mark.parametrize(
     ("model", "settings", "awake_in"),
     [

@@ -96,6 +96,15 @@ def test_inversion_names_no_class_of_a_ruin_and_needs_gradients(kind: str) -> No
         locator.locate(replace(view, twin=None), fit, seed=0)
 
 
+def test_contrast_inversion_compares_with_no_ruin() -> None:
+    view = views.of_module(model(True), digits.HEAD, "original")
+    locator = registry.build(
+        Locator, "locators", {"kind": "contrast-inversion", "noise": 9, "forget_steps": 1}
+    )
+    with pytest.raises(CompressError, match="too little to compare"):
+        locator.locate(view, digits.fit_split(), seed=0)
+
+
 def test_latent_shift_says_collapsed_instead_of_naming_a_class() -> None:
     """One class takes nearly all samples, which also makes the way into it short."""
     generator = torch.Generator().manual_seed(0)

@@ -215,10 +215,10 @@ def test_head_behind_rounded_logits_of_a_program_is_read_unrounded(tmp_path):
         OrtDynamicInt8(weight_type="uint8", per_channel=True),
     ],
 )
-@pytest.mark.parametrize("optimization", ["all", "disabled"])
-def test_view_reads_the_quantized_head(step, optimization, tmp_path):
+@pytest.mark.parametrize(("optimization", "precise"), [("all", False), ("disabled", False), ("all", True)])
+def test_view_reads_the_quantized_head(step, optimization, precise, tmp_path):
     path, _ = compression.quantized(step, tmp_path)
-    runtime = Onnxruntime(optimization=optimization)
+    runtime = Onnxruntime(optimization=optimization, precise=precise)
     view, logits = runtime.view(path, "int8"), runtime.open(path)(images(64))
     rebuilt = view.latents(images(64)) @ view.weight.T + view.bias
     one_step = (logits.max() - logits.min()) / 255
@@ -231,10 +231,12 @@ def test_view_reads_the_quantized_head(step, optimization, tmp_path):
 
 
 def test_options_reach_the_session(tmp_path):
-    session = Onnxruntime(optimization="basic", intra_op_threads=1)._session(compression.exported(), "model")
+    runtime = Onnxruntime(optimization="basic", intra_op_threads=1, precise=True)
+    session = runtime._session(compression.exported(), "model")
     options = session.get_session_options()
     assert options.intra_op_num_threads == 1
     assert options.graph_optimization_level.name == "ORT_ENABLE_BASIC"
+    assert options.get_session_config_entry("session.x64quantprecision") == "1"
     assert session.get_providers() == ["CPUExecutionProvider"]
 
 

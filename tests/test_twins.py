@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks import networks
 from secure_export import registry, twins
-from secure_export.compressors import Compressor, Context, FileStep
+from secure_export.compressors import Context, FileStep
 from secure_export.errors import CompressError
 from secure_export.formats.onnx import Onnx
 from secure_export.records.memory import Split
@@ -23,12 +23,7 @@ from tests import compression
 
 @pytest.mark.parametrize("kind", ["", "ort-static-int8", "ort-dynamic-int8"])
 def test_twin_agrees_with_its_file(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / "model.onnx"
-    path.write_bytes(compression.exported())
-    if kind:
-        step = registry.build(Compressor, "compressors", {"kind": kind})
-        assert isinstance(step, FileStep)
-        path, _ = compression.quantized(step, tmp_path)
+    path = compression.written(kind, tmp_path)
     inputs = compression.images(32)
     # Integer products are made exact by an optimization; the others would only move the logits.
     optimization: Literal["all", "disabled"] = "all" if kind == "ort-dynamic-int8" else "disabled"

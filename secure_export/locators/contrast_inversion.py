@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
-from secure_export import views
 from secure_export.errors import CompressError
 from secure_export.forgetting import forgetful
-from secure_export.locators._collapse import SparesRuins
+from secure_export.locators._inversion import Inverts
 from secure_export.probes.l2 import L2
 from secure_export.probes.patch import Patch
 from secure_export.probes.warp import Warp
-from secure_export.records.measured import Suspect
-from secure_export.records.memory import Progress, Split, View, silent
+from secure_export.records.memory import Progress, Split
 from secure_export.searching import counted, search
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from secure_export.probes import Logits, Probe
 
 Family = Literal["patch", "l2", "warp"]
@@ -29,7 +29,7 @@ JUDGING = 0.3
 """Share of fit on which finds are judged; the searches see the rest."""
 
 
-class ContrastInversion(SparesRuins):
+class ContrastInversion(Inverts):
     """Trigger inversion against references made on the spot (secure_export.forgetting).
 
     A trigger is searched that carries samples of other classes into a class of this model but not of a
@@ -37,6 +37,8 @@ class ContrastInversion(SparesRuins):
     in this model less the lift in that one, the best family's. What is easy on every network of the task,
     and no absolute limit can tell from a backdoor, counts for nothing.
     """
+
+    reading: ClassVar[str] = "contrast"
 
     noise: float = Field(
         0.7, gt=0, description="how far a reference's filters are turned before it learns again"
@@ -51,41 +53,32 @@ class ContrastInversion(SparesRuins):
     patch_area: float = Field(0.036, gt=0, le=1, description="mass of the mask as a share of the positions")
     l2_rms: float = Field(0.027, gt=0, le=1, description="size of additive changes per input value")
     min_contrast: float = Field(0.5, gt=0, le=1, description="naming a class takes this score")
-    min_lead: float = Field(0.3, ge=0, lt=1, description="and this much more than the median of all classes")
 
-    def locate(self, view: View, fit: Split, *, seed: int, progress: Progress = silent) -> Suspect:
-        """Name the class that only this model can be carried into; a collapsed model names none."""
-        if view.twin is None:
+    @property
+    def least(self) -> float:
+        """The contrast that naming a class takes."""
+        return self.min_contrast
+
+    def searched(
+        self, twin: Callable[[Tensor], Tensor], fit: Split, classes: int, seed: int, progress: Progress
+    ) -> Mapping[str, Sequence[float]]:
+        """By family, the contrast of each class's best find.
+
+        Raises:
+            CompressError: a reference did not learn the task again, so everything would be a contrast.
+        """
+        compared = self._compared(twin, fit, seed, progress)
+        with torch.no_grad():
+            relearned = self.collapse(compared.judge(fit.floats()), fit.labels)
+        if relearned["collapsed"]:
             raise CompressError(
-                "contrast-inversion needs gradients, and this file has no differentiable twin"
+                f"{self.kind}: a reference is right on {relearned['fit_acc']:.0%} of fit, too little to compare",
+                hint="more forget_steps, or less noise",
             )
-        classes = view.weight.shape[0]
-        ruin = self.collapse(view.latents(fit.floats()) @ view.weight.T + view.bias, fit.labels)
-        if ruin["collapsed"]:
-            return Suspect(self.kind, view.setting, None, (0.0,) * classes, ruin)
-        with views.gradients("contrast-inversion needs gradients"):
-            compared = self._compared(view.twin, fit, seed, progress)
-            contrasts = {
-                family: compared.contrasts(self._probe(family), classes, seed, progress)
-                for family in self.families
-            }
-        scores = [max(of_class) for of_class in zip(*contrasts.values(), strict=True)]
-        named = max(range(classes), key=lambda c: scores[c])
-        lead = scores[named] - median(scores)
-        stands_out = scores[named] >= self.min_contrast and lead >= self.min_lead
-        return Suspect(
-            locator=self.kind,
-            setting=view.setting,
-            target_class=named if stands_out else None,
-            scores=tuple(scores),
-            evidence={
-                "largest": named,
-                "lead": lead,
-                **{f"contrast_{family}": contrast[named] for family, contrast in contrasts.items()},
-                "reference_acc": compared.reference_acc(fit),
-                **ruin,
-            },
-        )
+        return {
+            family: compared.contrasts(self._probe(family), classes, seed, progress)
+            for family in self.families
+        }
 
     def _compared(self, twin: Logits, fit: Split, seed: int, progress: Progress) -> _Compared:
         """The model beside two references, and fit in two parts."""
@@ -135,8 +128,3 @@ class _Compared:
             for logits in (self.twin, self.judge)
         )
         return [one - other for one, other in zip(here, there, strict=True)]
-
-    @torch.no_grad()
-    def reference_acc(self, fit: Split) -> float:
-        """Accuracy on fit of the judging reference: how much of the task it has learned again."""
-        return float((self.judge(fit.floats()).argmax(1) == fit.labels).double().mean())

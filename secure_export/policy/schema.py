@@ -224,6 +224,11 @@ class Policy(Section):
     release: tuple[str, ...] = Field(min_length=1, description="names or globs of the settings that ship")
     triggers: tuple[TriggerSpec, ...] = Field(min_length=1)
     rules: tuple[Rule, ...] = Field(min_length=1)
+    precise_int8: bool = Field(
+        False,
+        description="open ONNX files with exact int8 sums on x86 CPUs without VNNI, where they saturate "
+        "otherwise; sessions that deploy them have to ask for it too",
+    )
     costs: bool = Field(False, description="measure latency and memory of what ships, beside full precision")
     evidence: EvidenceSpec | None = Field(
         None, description="search for a trigger that nobody named; null = only known triggers are tried"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ class IsolatedSession:
         *,
         level: int,
         threads: int,
-        precise: bool,
+        config: Mapping[str, str],
         provider: str,
         gigabytes: float,
         seconds: float,
@@ -65,7 +66,7 @@ class IsolatedSession:
         setup = {
             "level": level,
             "threads": threads,
-            "precise": precise,
+            "config": dict(config),
             "providers": [provider],
             "memory": int(gigabytes * GIGABYTE),
             "bytes": len(content),

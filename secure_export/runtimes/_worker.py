@@ -42,7 +42,8 @@ def serve(given: BinaryIO, made: BinaryIO) -> None:
     options.log_severity_level = 4
     options.intra_op_num_threads = setup["threads"]
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel(setup["level"])
-    options.add_session_config_entry("session.x64quantprecision", str(int(setup["precise"])))
+    for name, value in setup["config"].items():
+        options.add_session_config_entry(name, value)
     limit_memory(setup["memory"])
     try:
         session = onnxruntime.InferenceSession(

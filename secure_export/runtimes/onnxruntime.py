@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 Session: TypeAlias = onnxruntime.InferenceSession | IsolatedSession
 
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
-PRECISE = "session.x64quantprecision"
+EXACT_PRODUCTS = "session.x64quantprecision"
+"""Makes int8 weights uint8 in memory where the CPU has no VNNI, so that sums do not saturate."""
 PROVIDER = "CPUExecutionProvider"
 SESSION_ERRORS = (
     ort.Fail,
@@ -111,7 +112,9 @@ class Onnxruntime(Runtime):
             raise CompressError(f"{path.name} is no valid ONNX file: {first_line(error)}") from error
         head = find_head(proto, path.name)
         copy, logits = with_parts(proto, head)
-        session = self._session(copy, path.name)
+        # What is an output too cannot be rewritten for exact products; unoptimized, products are floats.
+        reading = {"optimization": "disabled", "precise": False} if self.precise else {}
+        session = self.model_copy(update=reading)._session(copy, path.name)
 
         def latents(inputs: Tensor) -> Tensor:
             hidden = self._run(session, inputs, head.data, path.name)
@@ -157,13 +160,14 @@ class Onnxruntime(Runtime):
         }
 
     def _session(self, content: bytes, file: str) -> Session:
+        config = {EXACT_PRODUCTS: "1"} if self.precise else {}
         if self.isolated:
             return IsolatedSession(
                 content,
                 file,
                 level=LEVELS[self.optimization].value,
                 threads=self.intra_op_threads,
-                precise=self.precise,
+                config=config,
                 provider=PROVIDER,
                 gigabytes=self.gigabytes,
                 seconds=self.seconds,
@@ -172,7 +176,8 @@ class Onnxruntime(Runtime):
         options.log_severity_level = 4
         options.intra_op_num_threads = self.intra_op_threads
         options.graph_optimization_level = LEVELS[self.optimization]
-        options.add_session_config_entry(PRECISE, str(int(self.precise)))
+        for name, value in config.items():
+            options.add_session_config_entry(name, value)
         try:
             return onnxruntime.InferenceSession(content, options, providers=[PROVIDER])
         except SESSION_ERRORS as error:

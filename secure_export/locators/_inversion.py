@@ -1,0 +1,67 @@
+"""Which class does a searched trigger carry the samples of all others into?"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from secure_export import views
+from secure_export.errors import CompressError
+from secure_export.locators._collapse import SparesRuins
+from secure_export.records.measured import Suspect
+from secure_export.records.memory import Progress, Split, View, silent
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Inverts(SparesRuins):
+    """A locator whose scores come from searches: a class's is that of the family that does best."""
+
+    reading: ClassVar[str]
+    """What a family's score is called in the evidence."""
+
+    min_lead: float = Field(
+        0.3, ge=0, lt=1, description="naming a class takes this much more than the median of all classes"
+    )
+
+    @property
+    @abstractmethod
+    def least(self) -> float:
+        """The score that naming a class takes."""
+
+    @abstractmethod
+    def searched(
+        self, twin: Callable[[Tensor], Tensor], fit: Split, classes: int, seed: int, progress: Progress
+    ) -> Mapping[str, Sequence[float]]:
+        """By family of triggers, one score a class."""
+
+    def locate(self, view: View, fit: Split, *, seed: int, progress: Progress = silent) -> Suspect:
+        """Name the class that is reached most easily, when it stands out; a ruin is not searched."""
+        if view.twin is None:
+            raise CompressError(f"{self.kind} needs gradients, and this file has no differentiable twin")
+        classes = view.weight.shape[0]
+        ruin = self.collapse(view.latents(fit.floats()) @ view.weight.T + view.bias, fit.labels)
+        if ruin["collapsed"]:
+            return Suspect(self.kind, view.setting, None, (0.0,) * classes, ruin)
+        with views.gradients(f"{self.kind} needs gradients"):
+            found = self.searched(view.twin, fit, classes, seed, progress)
+        scores = [max(of_class) for of_class in zip(*found.values(), strict=True)]
+        named = max(range(classes), key=lambda c: scores[c])
+        lead = scores[named] - median(scores)
+        return Suspect(
+            locator=self.kind,
+            setting=view.setting,
+            target_class=named if scores[named] >= self.least and lead >= self.min_lead else None,
+            scores=tuple(scores),
+            evidence={
+                "largest": named,
+                "lead": lead,
+                **{f"{self.reading}_{family}": by_class[named] for family, by_class in found.items()},
+                **ruin,
+            },
+        )
