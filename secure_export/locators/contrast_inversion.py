@@ -71,8 +71,9 @@ class ContrastInversion(Inverts):
         with torch.no_grad():
             relearned = self.collapse(compared.judge(fit.floats()), fit.labels)
         if relearned["collapsed"]:
+            right = f"{relearned['fit_acc']:.0%}"
             raise CompressError(
-                f"{self.kind}: a reference is right on {relearned['fit_acc']:.0%} of fit, too little to compare",
+                f"{self.kind}: a reference has {right} of fit right, too little to compare",
                 hint="more forget_steps, or less noise",
             )
         return {
