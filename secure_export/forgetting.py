@@ -8,6 +8,7 @@ result is a reference made on the spot: what is natural to task and network, bot
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -23,6 +24,17 @@ Weights = Mapping[str, Tensor]
 TEMPERATURE = 2.0
 WARMUP = 20
 LARGEST_GRADIENT = 5.0
+LEAST_RELEARNED = 0.7
+"""Of the samples of fit that the model has right: a reference with less did not learn the task again, and
+everything would tell it from the model."""
+
+
+@dataclass(frozen=True)
+class References:
+    """Two models that forgot, each in its own way: searches work against one, the other judges the finds."""
+
+    avoided: Callable[[Tensor], Tensor]
+    judge: Callable[[Tensor], Tensor]
 
 
 def weighted(
@@ -45,7 +57,7 @@ def _called(module: nn.Module, inputs: Tensor, weights: Weights) -> Tensor:
     return made
 
 
-def forgetful(
+def forgotten(
     twin: Callable[[Tensor], Tensor],
     fit: Split,
     *,
@@ -55,8 +67,8 @@ def forgetful(
     lr: float = 1e-3,
     seed: int,
     progress: Progress = silent,
-) -> Callable[[Tensor], Tensor]:
-    """Logits of the twin with every filter turned away, then distilled from the twin on variations of `fit`.
+) -> dict[str, Tensor]:
+    """Weights of the twin with every filter turned away, then distilled from the twin on variations of `fit`.
 
     `noise` is the size of the change, in standard deviations of each filter's weights; the filter keeps its
     norm. Crops, mirror images (of images that are large enough) and mixtures (Zhang et al. 2018) make new
@@ -86,8 +98,32 @@ def forgetful(
         torch.nn.utils.clip_grad_norm_(moved.values(), LARGEST_GRADIENT)
         optimizer.step()
         progress("forget", step + 1, steps)
-    learned = {name: value.detach() for name, value in moved.items()}
-    return lambda inputs: call(inputs, learned)
+    return {name: value.detach() for name, value in moved.items()}
+
+
+@torch.no_grad()
+def references(twin: Callable[[Tensor], Tensor], pair: tuple[Weights, Weights], fit: Split) -> References:
+    """The twin with either weights of a pair that forgot, once they have proved to know the task again.
+
+    Raises:
+        CompressError: one of them has less than LEAST_RELEARNED of what the twin has right on fit.
+    """
+    _, call = weighted(twin)
+    avoided, judge = (partial(_reweighted, call, weights) for weights in pair)
+    inputs = fit.floats()
+    before, *after = (
+        float((logits(inputs).argmax(1) == fit.labels).double().mean()) for logits in (twin, avoided, judge)
+    )
+    if min(after) < LEAST_RELEARNED * before:
+        raise CompressError(
+            f"a reference has {min(after):.0%} of fit right, the model {before:.0%}: too little to compare",
+            hint="let it learn again for more steps, or give it less noise",
+        )
+    return References(avoided, judge)
+
+
+def _reweighted(call: Callable[[Tensor, Weights], Tensor], weights: Weights, inputs: Tensor) -> Tensor:
+    return call(inputs, weights)
 
 
 def _turned(value: Tensor, noise: float, generator: torch.Generator) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -247,14 +247,34 @@ def counted(
     logits: Logits, split: Split, found: Perturbation, targets: Sequence[int] | Tensor
 ) -> list[tuple[Count, Paired]]:
     """Per perturbation its ASR and its lift over the samples that are not of its class (DESIGN §5)."""
+    return [
+        (Count(int(hit.sum()), len(hit)), _paired(hit, before))
+        for hit, before in _reached(logits, split, found, targets)
+    ]
+
+
+@torch.no_grad()
+def contrasted(
+    logits: Logits, reference: Logits, split: Split, found: Perturbation, targets: Sequence[int] | Tensor
+) -> list[Paired]:
+    """Per perturbation: samples of other classes that it carries in a model and not in a reference, against
+    the reverse. Carried is what is of the class with it and not without."""
+    both = (_reached(one, split, found, targets) for one in (logits, reference))
+    return [_paired(*(hit & ~before for hit, before in each)) for each in zip(*both, strict=True)]
+
+
+def _reached(
+    logits: Logits, split: Split, found: Perturbation, targets: Sequence[int] | Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Per perturbation, of the samples of other classes: which are called its class with it, and without."""
     inputs = split.floats()
     clean = torch.cat([logits(part).argmax(1) for part in torch.split(inputs, MOST_ROWS)])
-    counts = []
     for number, target in enumerate(map(int, targets)):
         others = split.labels != target
         parts = torch.split(inputs[others], MOST_ROWS)
         stamped = [logits(found.stamp(part, torch.full((len(part),), number))).argmax(1) for part in parts]
-        hit, before = torch.cat(stamped) == target, clean[others] == target
-        lift = Paired(int((hit & ~before).sum()), int((before & ~hit).sum()), len(hit))
-        counts.append((Count(int(hit.sum()), len(hit)), lift))
-    return counts
+        yield torch.cat(stamped) == target, clean[others] == target
+
+
+def _paired(here: Tensor, there: Tensor) -> Paired:
+    return Paired(int((here & ~there).sum()), int((there & ~here).sum()), len(here))

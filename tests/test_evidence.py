@@ -65,6 +65,26 @@ def test_backdoor_is_found_without_its_trigger_where_it_wakes(
         assert best.picture
 
 
+@pytest.mark.parametrize(("model", "awake_in"), [(toys.clean, set()), (toys.awake_in_int8, {"int8"})])
+def test_backdoor_stands_out_from_the_same_file_that_forgot(
+    model: Callable[[], Any], awake_in: set[str], run_toy: RunToy
+) -> None:
+    contrasting = EVIDENCE | {
+        "probes": [PATCH | {"contrast": True}],
+        "forget": {"noise": 2.0, "steps": 200},
+        "rules": [{"metric": "inverted_contrast", "at_most": 0.5}],
+    }
+    report = run_toy(model(), settings=[FP32, INT8], release=["fp32"], evidence=contrasting)
+    assert failed(report, "inverted_contrast") == awake_in
+    for name in ("fp32", "int8"):
+        scored = [t for t in cold(report, "purified", name).found if t.lift is not None]
+        assert all(t.contrast is not None and t.fit_contrast is not None for t in scored)
+    undecided = contrasting | {"forget": {"noise": 5.0, "steps": 1}}
+    report = run_toy(toys.awake(), settings=[FP32], release=["fp32"], evidence=undecided)
+    assert "too little to compare" in cold(report, "purified", "fp32").unsearched
+    assert {f.passed for f in report.verdict.findings if f.rule == "inverted_contrast"} == {None}
+
+
 def half_purified(self: object, model: Any, head: str, target_class: int, fit: Split, **_: Any) -> Purified:
     """The backdoor halved: it still outweighs what a class brings."""
     with torch.no_grad():

@@ -128,13 +128,34 @@ def test_excess_over_clean_references_class_by_class(metric: str, mode: str) -> 
         findings(rule, search(mode, 10))
 
 
+CONTRAST = {"probes": [{"kind": "patch", "contrast": True}, {"kind": "l2"}]}
+
+
+@pytest.mark.parametrize(("metric", "mode"), [("inverted", "cold"), ("replay", "replay"), ("warm", "warm")])
+def test_contrast_is_read_of_the_probes_that_make_one(metric: str, mode: str) -> None:
+    rule = {"metric": f"{metric}_contrast", "at_most": 0.3, "settings": ["fp32"]}
+
+    def found(hits: int | None) -> Search:
+        plain = search(mode, 900)
+        contrast = None if hits is None else Paired(hits, 0, N)
+        return replace(plain, found=(replace(plain.found[0], contrast=contrast),))
+
+    (kept,) = findings(rule, found(100), **CONTRAST)
+    (broken,) = findings(rule, found(400), **CONTRAST)
+    (missing,) = findings(rule, found(None), **CONTRAST)
+    assert (kept.passed, broken.passed, missing.passed) == (True, False, None)
+    for probes, changes in ((["l2"], CONTRAST), ("all", {})):
+        with pytest.raises(PolicyError, match="contrast: true"):
+            findings(rule | {"probes": probes}, found(100), **changes)
+
+
 PURIFIED = ("margin", "latent", "norm", "shift", "logit", "score")
 
 
 def test_no_rule_can_read_what_a_purifier_optimizes() -> None:
     """LMR drives margins and latent norms of the class it repels, so after it they say what it wants."""
     read = {metric.split("_", 1)[1] for metric in get_args(Metric)}
-    assert read == {"asr", "lift", "p", "excess", "ks", "edge", "z"}
+    assert read == {"asr", "lift", "p", "excess", "contrast", "ks", "edge", "z"}
     carried = {f.name for record in (Search, FoundTrigger, Rounding) for f in fields(record)}
     assert not [name for name in carried if any(word in name for word in PURIFIED)]
     for name in ("latent_norm", "clean_margin", "margin_asr", "suspect_score"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from secure_export import twins
 from secure_export.errors import CompressError
-from secure_export.forgetting import forgetful, weighted
+from secure_export.forgetting import forgotten, weighted
 from secure_export.records.memory import Split
 from tests import compression, digits
 
@@ -21,6 +23,11 @@ EFFORT = {"noise": 0.7, "steps": 100}
 @cache
 def poisoned() -> digits.Digits:
     return digits.trained(True)
+
+
+def forgetful(twin: Callable[[Tensor], Tensor], fit: Split, **effort: Any) -> Callable[[Tensor], Tensor]:
+    weights = forgotten(twin, fit, **effort)
+    return partial(weighted(twin)[1], weights=weights)
 
 
 def test_the_task_comes_back_and_the_trigger_does_not() -> None:

@@ -6,20 +6,23 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from secure_export import digests
 from secure_export.errors import NoVerdict
+from secure_export.evidence.contrast import references_of
 from secure_export.evidence.files import Opened
 from secure_export.evidence.pictures import picture
+from secure_export.forgetting import References
+from secure_export.perturbations import Perturbation
 from secure_export.probes import Free, Probe
 from secure_export.records.measured import Paired, SettingResult
 from secure_export.records.memory import Split
 from secure_export.records.searches import FoundTrigger, Search, SearchMode
-from secure_export.searching import Searched, counted, judged_on, queried, search
+from secure_export.searching import Searched, contrasted, counted, judged_on, queried, search
 
 if TYPE_CHECKING:
     from secure_export.lane import Bench
@@ -44,8 +47,8 @@ class Known:
     origin: str
     target_class: int
     free: Free
-    lift: Paired
-    """On fit."""
+    on_fit: float
+    """Its lift on fit, or its contrast where the probe makes one."""
 
 
 def best_known(searches: Sequence[Search], probe: Probe, work: Work) -> tuple[Known, ...]:
@@ -56,8 +59,8 @@ def best_known(searches: Sequence[Search], probe: Probe, work: Work) -> tuple[Kn
             free = load_file(_path(work, found.triggers_sha256))
             for row, trigger in enumerate(found.found):
                 own = [free[name][row] for name in sorted(free)]
-                known.append(Known(found.setting, trigger.target_class, own, trigger.fit))
-    known.sort(key=lambda trigger: trigger.lift.difference, reverse=True)
+                known.append(Known(found.setting, trigger.target_class, own, trigger.on_fit))
+    known.sort(key=lambda trigger: trigger.on_fit, reverse=True)
     return tuple(known[: work.spec.replayed])
 
 
@@ -84,7 +87,9 @@ def searched(
         [(one.origin, one.target_class, *[digests.of_arrays(v.numpy()) for v in one.free]) for one in known],
         work.bench.splits.fit.sha256,
         work.scored_on.sha256,
-        work.spec.model_dump(include={"samples", "scored", "seconds"}),
+        work.spec.model_dump(
+            include={"samples", "scored", "seconds"} | ({"forget"} if probe.contrast else set())
+        ),
         work.bench.seed,
     )
     stored = work.bench.ledger.find(Search, *determined_by)
@@ -99,7 +104,8 @@ def searched(
 
 def _anew(file: Opened, probe: Probe, mode: SearchMode, known: Sequence[Known], work: Work) -> Search:
     started = time.perf_counter()
-    raw = _run(file, probe, mode, known, work)
+    others = _references(file, probe, mode, work)
+    raw = _run(file, probe, mode, known, others, work)
     done = Search(
         lane=file.result.lane,
         setting=file.result.setting,
@@ -115,7 +121,7 @@ def _anew(file: Opened, probe: Probe, mode: SearchMode, known: Sequence[Known], 
         ended=raw.ended,
         seconds=0.0,
         triggers_sha256=_saved(raw.free, work),
-        found=_scored(raw, probe, file, known, work),
+        found=_scored(raw, probe, file, known, others, work),
     )
     return replace(done, seconds=round(time.perf_counter() - started, 3))
 
@@ -131,7 +137,21 @@ def _usable(file: Opened | str, mode: SearchMode, known: Sequence[Known]) -> Ope
     return file
 
 
-def _run(file: Opened, probe: Probe, mode: SearchMode, known: Sequence[Known], work: Work) -> Searched:
+def _references(file: Opened, probe: Probe, mode: SearchMode, work: Work) -> References | None:
+    """What this search works against, if it does; a replay can do without where none can be made."""
+    if not probe.contrast or (mode == "replay" and file.twin is None):
+        return None
+    return references_of(file, work.spec.forget, work.bench)
+
+
+def _run(
+    file: Opened,
+    probe: Probe,
+    mode: SearchMode,
+    known: Sequence[Known],
+    others: References | None,
+    work: Work,
+) -> Searched:
     """What the mode asks for; the seed is this search's own and no purifier's."""
     fit, seed = work.bench.splits.fit, _seed(probe.kind, mode, work)
     classes = tuple(one.target_class for one in known) or tuple(range(work.classes))
@@ -141,39 +161,49 @@ def _run(file: Opened, probe: Probe, mode: SearchMode, known: Sequence[Known], w
         made = counted(file.predictor, judged, probe.perturbation(start, _shape(work)), classes)
         forwards = len(judged) * (len(classes) + 1)
         return Searched(start, classes, tuple(lift for _, lift in made), 0, forwards, len(classes))
-    run, logits = (queried, file.predictor) if file.twin is None else (search, file.twin)
-    return run(
-        logits,
-        fit,
-        probe,
-        classes,
-        seed=seed,
-        start=start,
-        seconds=work.spec.seconds,
-        progress=work.bench.progress,
-    )
+    common: dict[str, Any] = {
+        "seed": seed,
+        "start": start,
+        "seconds": work.spec.seconds,
+        "progress": work.bench.progress,
+    }
+    if file.twin is None:
+        return queried(file.predictor, fit, probe, classes, **common)
+    return search(file.twin, fit, probe, classes, against=others.avoided if others else None, **common)
 
 
 def _scored(
-    raw: Searched, probe: Probe, file: Opened, known: Sequence[Known], work: Work
+    raw: Searched,
+    probe: Probe,
+    file: Opened,
+    known: Sequence[Known],
+    others: References | None,
+    work: Work,
 ) -> tuple[FoundTrigger, ...]:
-    """Every trigger with its lift on fit; the best of them with counts on the holdout, by the file itself."""
-    order = sorted(range(len(raw.classes)), key=lambda i: raw.lift[i].difference, reverse=True)
-    chosen = order if known else order[: work.spec.scored]
-    rows = probe.perturbation([variable[chosen] for variable in raw.free], _shape(work))
-    made = dict(
-        zip(
-            chosen,
-            counted(file.predictor, work.scored_on, rows, [raw.classes[i] for i in chosen]),
-            strict=True,
+    """Every trigger with its effect on fit; the best with counts on the holdout, by the file itself."""
+    every = range(len(raw.classes))
+    fit = judged_on(work.bench.splits.fit, torch.Generator().manual_seed(work.bench.seed))
+
+    def contrasts(rows: Sequence[int], made: Perturbation, split: Split) -> Sequence[Paired | None]:
+        targets = [raw.classes[i] for i in rows]
+        return (
+            contrasted(file.predictor, others.judge, split, made, targets) if others else [None] * len(rows)
         )
-    )
-    found = []
-    for i, target_class in enumerate(raw.classes):
-        asr, lift = made.get(i, (None, None))
-        drawn = picture(rows, chosen.index(i), _shape(work)) if i == order[0] else ""
-        origin = known[i].origin if known else ""
-        found.append(FoundTrigger(target_class, raw.lift[i], asr, lift, origin, drawn))
+
+    on_fit = contrasts(every, probe.perturbation(raw.free, _shape(work)), fit)
+    found = [
+        FoundTrigger(
+            raw.classes[i], raw.lift[i], fit_contrast=on_fit[i], origin=known[i].origin if known else ""
+        )
+        for i in every
+    ]
+    order = sorted(every, key=lambda i: found[i].on_fit, reverse=True)
+    chosen = order if known else order[: work.spec.scored]
+    made = probe.perturbation([variable[chosen] for variable in raw.free], _shape(work))
+    counts = counted(file.predictor, work.scored_on, made, [raw.classes[i] for i in chosen])
+    for i, (asr, lift), contrast in zip(chosen, counts, contrasts(chosen, made, work.scored_on), strict=True):
+        found[i] = replace(found[i], asr=asr, lift=lift, contrast=contrast)
+    found[order[0]] = replace(found[order[0]], picture=picture(made, 0, _shape(work)))
     return tuple(found)
 
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from secure_export.errors import CompressError
-from secure_export.forgetting import forgetful
+from secure_export.forgetting import References, forgotten, references
 from secure_export.locators._inversion import Inverts
 from secure_export.probes.l2 import L2
 from secure_export.probes.patch import Patch
@@ -67,29 +66,17 @@ class ContrastInversion(Inverts):
         Raises:
             CompressError: a reference did not learn the task again, so everything would be a contrast.
         """
-        compared = self._compared(twin, fit, seed, progress)
-        with torch.no_grad():
-            relearned = self.collapse(compared.judge(fit.floats()), fit.labels)
-        if relearned["collapsed"]:
-            right = f"{relearned['fit_acc']:.0%}"
-            raise CompressError(
-                f"{self.kind}: a reference has {right} of fit right, too little to compare",
-                hint="more forget_steps, or less noise",
-            )
+        forget = partial(forgotten, twin, fit, noise=self.noise, steps=self.forget_steps, progress=progress)
+        others = references(twin, (forget(seed=seed), forget(seed=seed + 1)), fit)
+        order = torch.randperm(len(fit), generator=torch.Generator().manual_seed(seed))
+        judging = max(1, int(JUDGING * len(fit)))
+        parts = order[judging:], order[:judging]
+        splits = tuple(Split(fit.inputs[part], fit.labels[part], "") for part in parts)
+        compared = _Compared(twin, others, *splits)
         return {
             family: compared.contrasts(self._probe(family), classes, seed, progress)
             for family in self.families
         }
-
-    def _compared(self, twin: Logits, fit: Split, seed: int, progress: Progress) -> _Compared:
-        """The model beside two references, and fit in two parts."""
-        order = torch.randperm(len(fit), generator=torch.Generator().manual_seed(seed))
-        judging = max(1, int(JUDGING * len(fit)))
-        parts = order[judging:], order[:judging]
-        searched, judged = (Split(fit.inputs[part], fit.labels[part], "") for part in parts)
-        forget = partial(forgetful, twin, fit, noise=self.noise, steps=self.forget_steps, progress=progress)
-        avoided, judge = forget(seed=seed), forget(seed=seed + 1)
-        return _Compared(twin, avoided, judge, searched, judged)
 
     def _probe(self, family: Family) -> Probe:
         effort = {"steps": self.steps, "images": self.images, "starts": self.starts, "finalists": 0.4}
@@ -104,11 +91,10 @@ class ContrastInversion(Inverts):
 
 @dataclass(frozen=True)
 class _Compared:
-    """A model, the reference that searches work against, the one that judges, and samples for either."""
+    """A model beside its references, the samples that searches see and those that judge what they find."""
 
     twin: Logits
-    avoided: Logits
-    judge: Logits
+    references: References
     searched: Split
     judged: Split
 
@@ -120,12 +106,12 @@ class _Compared:
             probe,
             range(classes),
             seed=seed,
-            against=self.avoided,
+            against=self.references.avoided,
             progress=progress,
         )
         made = probe.perturbation(found.free, self.judged.inputs.shape[1:])
         here, there = (
             [lift.difference for _, lift in counted(logits, self.judged, made, found.classes)]
-            for logits in (self.twin, self.judge)
+            for logits in (self.twin, self.references.judge)
         )
         return [one - other for one, other in zip(here, there, strict=True)]

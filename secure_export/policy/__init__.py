@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from secure_export.errors import PolicyError
 from secure_export.policy import evidence, schema, yaml
 from secure_export.policy.check import check_plugins, cross_check
-from secure_export.policy.evidence import EvidenceRule, EvidenceSpec
+from secure_export.policy.evidence import EvidenceRule, EvidenceSpec, ForgetSpec
 from secure_export.policy.rules import Approved, approve, judge
 from secure_export.policy.schema import (
     DataSpec,
@@ -38,6 +38,7 @@ __all__ = [
     "DataSpec",
     "EvidenceRule",
     "EvidenceSpec",
+    "ForgetSpec",
     "Locate",
     "Policy",
     "Rule",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Protocol
 
@@ -15,12 +15,15 @@ Metric = Literal[
     "inverted_lift",
     "inverted_p",
     "inverted_excess",
+    "inverted_contrast",
     "replay_asr",
     "replay_lift",
     "replay_excess",
+    "replay_contrast",
     "warm_asr",
     "warm_lift",
     "warm_excess",
+    "warm_contrast",
     "rounding_ks",
     "rounding_edge",
     "rounding_z",
@@ -115,6 +118,15 @@ class EvidenceRule(Section):
         return self.settings == "all" or any(fnmatchcase(setting.name, glob) for glob in self.settings)
 
 
+class ForgetSpec(Section):
+    """References made of a file on the spot, for the probes with `contrast` (secure_export.forgetting)."""
+
+    noise: float = Field(
+        0.7, gt=0, description="how far filters are turned, in standard deviations of their weights"
+    )
+    steps: int = Field(100, ge=1, description="batches in which a reference learns the task again")
+
+
 class EvidenceSpec(Section):
     """The search for triggers that nobody named, on the original and on every purified file."""
 
@@ -136,6 +148,7 @@ class EvidenceSpec(Section):
         description="checkpoints of clean models of this architecture, searched alike: for inverted_p and "
         "the metrics in _excess",
     )
+    forget: ForgetSpec = Field(ForgetSpec(), description="references made on the spot, where a probe asks")
     seconds: float | None = Field(
         None, gt=0, description="limit of one search; a search that it cuts short decides nothing but a find"
     )
@@ -158,8 +171,10 @@ class EvidenceSpec(Section):
                 "no rule on inverted_asr or inverted_lift: where nothing was purified, nothing would be asked"
             )
         for rule in self.rules:
-            read = set(kinds) if rule.probes == "all" else set(rule.probes)
-            if rule.mode == "warm" and not read & set(self.warmed):
+            read = set(self.read_by(rule))
+            if rule.reading == "contrast" and not (read and read <= set(self.contrasting)):
+                raise ValueError(f"{rule.metric} is read of probes with `contrast: true` alone")
+            if rule.mode == "warm" and not read:
                 raise ValueError(
                     f"{rule.metric} is read of probes that are never searched warm: list them in warm"
                 )
@@ -189,6 +204,20 @@ class EvidenceSpec(Section):
     def warmed(self) -> tuple[str, ...]:
         """Names of those that go on from what was found."""
         return self.warm if isinstance(self.warm, tuple) else self.kinds
+
+    @property
+    def contrasting(self) -> tuple[str, ...]:
+        """Names of those that search against references made on the spot."""
+        return tuple(str(probe["kind"]) for probe in self.specs if probe.get("contrast"))
+
+    def read_by(self, rule: EvidenceRule) -> tuple[str, ...]:
+        """Names of the probes that a rule reads; "all" means all that have what it reads."""
+        kinds: Iterable[str] = rule.probes if isinstance(rule.probes, tuple) else self.kinds
+        if rule.mode == "warm":
+            kinds = [kind for kind in kinds if kind in self.warmed]
+        if rule.reading == "contrast" and rule.probes == "all":
+            kinds = [kind for kind in kinds if kind in self.contrasting]
+        return tuple(kinds)
 
     @property
     def compared_again(self) -> bool:

@@ -8,9 +8,9 @@ from dataclasses import replace
 from secure_export.policy._readings import Reading, decide, message, severity
 from secure_export.policy.evidence import EvidenceRule, EvidenceSpec
 from secure_export.policy.schema import Policy, Setting
-from secure_export.records.measured import Finding
+from secure_export.records.measured import Count, Finding, Paired
 from secure_export.records.reported import Report
-from secure_export.records.searches import Search
+from secure_export.records.searches import FoundTrigger, Search
 
 
 def evidence_findings(policy: Policy, report: Report) -> Iterator[Finding]:
@@ -62,11 +62,6 @@ def _decided(reading: Reading, rule: EvidenceRule, alpha: float) -> Reading:
     return decided
 
 
-def _kinds(rule: EvidenceRule, spec: EvidenceSpec) -> tuple[str, ...]:
-    kinds = tuple(rule.probes) if isinstance(rule.probes, tuple) else spec.kinds
-    return tuple(kind for kind in kinds if kind in spec.warmed) if rule.mode == "warm" else kinds
-
-
 def _purified(rule: EvidenceRule, kind: str, setting: Setting, report: Report) -> list[Search]:
     return [
         search
@@ -77,7 +72,7 @@ def _purified(rule: EvidenceRule, kind: str, setting: Setting, report: Report) -
 
 
 def _searched(rule: EvidenceRule, spec: EvidenceSpec, setting: Setting, report: Report) -> Iterator[Reading]:
-    kinds = _kinds(rule, spec)
+    kinds = spec.read_by(rule)
     if not kinds:
         yield Reading("", None, 0, why="no probe is searched this way")
     for kind in kinds:
@@ -88,7 +83,7 @@ def _searched(rule: EvidenceRule, spec: EvidenceSpec, setting: Setting, report: 
             )
             continue
         search = searches[0]
-        scored = [found for found in search.found if found.asr is not None and found.lift is not None]
+        scored = [(found, value) for found in search.found if (value := _value(rule, found)) is not None]
         if search.unsearched or not scored:
             why = search.unsearched or "no trigger was scored"
             yield Reading(f"probe {kind}", None, 0, why=f"not searched: {why}")
@@ -102,11 +97,20 @@ def _searched(rule: EvidenceRule, spec: EvidenceSpec, setting: Setting, report: 
                 where = f"probe {kind}, class {search.excess_class}"
                 yield Reading(where, compared, search.references, why=why)
             continue
-        for found in scored:
-            value = found.asr if rule.reading == "asr" else found.lift
+        for found, value in scored:
             where = f"probe {kind}, class {found.target_class}"
             where += f", from {found.origin}" if found.origin else ""
-            yield Reading(where, value, value.total if value else 0, why=why)
+            yield Reading(where, value, value.total, why=why)
+
+
+def _value(rule: EvidenceRule, found: FoundTrigger) -> Count | Paired | None:
+    match rule.reading:
+        case "asr":
+            return found.asr
+        case "contrast":
+            return found.contrast
+        case _:
+            return found.lift
 
 
 def _rounded(rule: EvidenceRule, setting: Setting, report: Report) -> Iterator[Reading]:
@@ -132,7 +136,7 @@ def _rounded(rule: EvidenceRule, setting: Setting, report: Report) -> Iterator[R
 
 def _effort(rule: EvidenceRule, spec: EvidenceSpec, setting: Setting, report: Report) -> str:
     parts = []
-    for kind in _kinds(rule, spec):
+    for kind in spec.read_by(rule):
         for search in _purified(rule, kind, setting, report):
             how = "gradients" if search.gradient else "queries"
             steps = f"{search.steps} steps of {how}" if search.mode != "replay" else "replay"

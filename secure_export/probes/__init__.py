@@ -35,6 +35,11 @@ class Probe(Plugin):
     )
     lr: float = Field(0.5, gt=0, description="learning rate of Adam on the free variables")
     queries: int = Field(150, ge=1, description="proposals per class where the file gives no gradient")
+    contrast: bool = Field(
+        False,
+        description="search what works in the file and not in a reference made of it on the spot, which "
+        "forgot what clean samples never ask for: for the metrics in _contrast",
+    )
 
     @abstractmethod
     def begin(self, shape: torch.Size, count: int, generator: Generator) -> Free:

@@ -21,10 +21,28 @@ class FoundTrigger:
     asr: Count | None = None
     """The same on the holdout, by the file itself; None for triggers that were not among the best on fit."""
     lift: Paired | None = None
+    fit_contrast: Paired | None = None
+    """Fit samples that it carries into the class in the file and not in a reference that forgot, against the
+    reverse; None where the probe makes no contrast."""
+    contrast: Paired | None = None
+    """The same on the holdout."""
     origin: str = ""
     """Setting of the original lane on whose file it was found; "" for a cold search."""
     picture: str = ""
     """PNG, base64; "" where there is nothing to draw."""
+
+    @property
+    def on_fit(self) -> float:
+        """By what triggers are ranked before anything touches the holdout."""
+        return (self.fit_contrast or self.fit).difference
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """A reference made on the spot."""
+
+    sha256: str
+    """Of its weights, which lie in the work folder."""
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,14 @@ def _row(report: Report, search: Search) -> Row:
 
 
 def best_of(search: Search) -> FoundTrigger | None:
-    """The trigger with the largest lift on the holdout."""
+    """The trigger with the largest contrast on the holdout, or lift where the probe makes no contrast."""
     scored = [found for found in search.found if found.lift is not None]
-    return max(scored, key=lambda found: found.lift.difference if found.lift else -1.0, default=None)
+    return max(scored, key=_strength, default=None)
+
+
+def _strength(found: FoundTrigger) -> float:
+    reading = found.contrast or found.lift
+    return reading.difference if reading else -1.0
 
 
 def _effort(search: Search) -> str:
@@ -68,6 +73,8 @@ def _found(report: Report, search: Search) -> str:
         return "nothing scored"
     label = class_label(report, best.target_class)
     origin = f", found on {best.origin}" if best.origin else ""
+    if best.contrast is not None:
+        origin += f"; {points(best.contrast.difference)} above a reference that forgot"
     if search.excess is not None and search.excess_class is not None:
         above = f"{points(search.excess)} above {search.references} clean references"
         origin += f"; {above} into {class_label(report, search.excess_class)}"
