@@ -32,6 +32,7 @@ from secure_export.policy import EvidenceSpec, Setting
 from secure_export.records.measured import SettingResult
 from secure_export.records.memory import Split, Splits, silent
 from secure_export.records.searches import Rounding, Search
+from secure_export.report._evidence import best_of
 from secure_export.triggers import Trigger
 
 SETTINGS = {
@@ -130,12 +131,12 @@ def row(card: Any, result: SettingResult, searches: Sequence[Search], traces: Ro
         truth |= {"asr": [asr.hits, asr.total], "lift": [lift.gained, lift.lost, lift.total]}
     probes: dict[str, Any] = {}
     for search in searches:
-        scored = [found for found in search.found if found.lift is not None]
-        best = max(scored, key=lambda found: found.lift.difference if found.lift else -1, default=None)
+        best = best_of(search)
         probes[search.probe] = {
             "class": best.target_class if best else None,
             "lift": best.lift.difference if best and best.lift else None,
-            "fit_lift": {found.target_class: round(found.fit.difference, 4) for found in search.found},
+            "contrast": best.contrast.difference if best and best.contrast else None,
+            "fit_lift": {found.target_class: round(found.on_fit, 4) for found in search.found},
             "seconds": search.seconds,
             "forwards": search.forwards,
             "unsearched": search.unsearched,
@@ -150,6 +151,8 @@ def summary(found: Any) -> str:
     parts = [f"true {found['truth'].get('asr')}"]
     for probe, values in found["probes"].items():
         lift = "none" if values["lift"] is None else f"{values['lift']:.3f} into {values['class']}"
+        if values["contrast"] is not None:
+            lift += f", contrast {values['contrast']:.3f}"
         parts.append(f"{probe} {lift} ({values['seconds']:.0f} s){values['unsearched']}")
     if traces := found["rounding"]:
         parts.append(f"ks {traces['ks']:.1f} edge {traces['edge']:.2f} z {traces['z']:.1f}")

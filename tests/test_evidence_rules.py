@@ -138,7 +138,7 @@ def test_contrast_is_read_of_the_probes_that_make_one(metric: str, mode: str) ->
     def found(hits: int | None) -> Search:
         plain = search(mode, 900)
         contrast = None if hits is None else Paired(hits, 0, N)
-        return replace(plain, found=(replace(plain.found[0], contrast=contrast),))
+        return replace(plain, probe="contrast-patch", found=(replace(plain.found[0], contrast=contrast),))
 
     (kept,) = findings(rule, found(100), **CONTRAST)
     (broken,) = findings(rule, found(400), **CONTRAST)

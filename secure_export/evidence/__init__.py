@@ -50,7 +50,7 @@ def gather(policy: Policy, lanes: tuple[Results, Results], classes: int, bench: 
     work = work_of(policy.evidence, classes, bench)
     (_, originals), (_, purifieds) = lanes
     found = cold_searches(originals, work)
-    known = {kind: best_known(found, probe, work) for kind, probe in work.probes.items()}
+    known = {name: best_known(found, probe, work) for name, probe in work.probes.items()}
     found += cold_searches(purifieds, work)
     found += tried_again(purifieds, known, work)
     if policy.evidence.references:
@@ -69,7 +69,7 @@ def work_of(spec: EvidenceSpec, classes: int, bench: Bench) -> Work:
     holdout, generator = bench.splits.holdout, torch.Generator().manual_seed(bench.seed)
     index = torch.randperm(len(holdout), generator=generator)[: spec.samples]
     scored_on = Split(holdout.inputs[index], holdout.labels[index], holdout.sha256)
-    return Work(spec, {probe.kind: probe for probe in probes}, classes, bench, scored_on)
+    return Work(spec, {probe.name: probe for probe in probes}, classes, bench, scored_on)
 
 
 def cold_searches(results: Sequence[SettingResult], work: Work) -> list[Search]:
@@ -90,10 +90,10 @@ def tried_again(
     for done, result in enumerate(results):
         work.bench.progress(f"replay: {result.lane} {result.setting}", done, len(results))
         file = opened(result, work.bench.splits.fit, work.bench.runtime)
-        for kind, probe in work.probes.items():
-            found.append(searched(result, file, probe, "replay", known[kind], work))
-            if kind in work.spec.warmed:
-                found.append(searched(result, file, probe, "warm", known[kind], work))
+        for name, probe in work.probes.items():
+            found.append(searched(result, file, probe, "replay", known[name], work))
+            if name in work.spec.warmed:
+                found.append(searched(result, file, probe, "warm", known[name], work))
     return found
 
 

@@ -55,7 +55,7 @@ def best_known(searches: Sequence[Search], probe: Probe, work: Work) -> tuple[Kn
     """The triggers of one probe that did best on fit, over every original file; each class once a file."""
     known = []
     for found in searches:
-        if found.lane == "original" and found.probe == probe.kind and not found.unsearched:
+        if found.lane == "original" and found.probe == probe.name and not found.unsearched:
             free = load_file(_path(work, found.triggers_sha256))
             for row, trigger in enumerate(found.found):
                 own = [free[name][row] for name in sorted(free)]
@@ -109,7 +109,7 @@ def _anew(file: Opened, probe: Probe, mode: SearchMode, known: Sequence[Known], 
     done = Search(
         lane=file.result.lane,
         setting=file.result.setting,
-        probe=probe.kind,
+        probe=probe.name,
         mode=mode,
         budget=probe.budget(_shape(work)),
         classes=tuple(dict.fromkeys(raw.classes)),
@@ -153,7 +153,7 @@ def _run(
     work: Work,
 ) -> Searched:
     """What the mode asks for; the seed is this search's own and no purifier's."""
-    fit, seed = work.bench.splits.fit, _seed(probe.kind, mode, work)
+    fit, seed = work.bench.splits.fit, _seed(probe.name, mode, work)
     classes = tuple(one.target_class for one in known) or tuple(range(work.classes))
     start = [torch.stack(list(rows)) for rows in zip(*(one.free for one in known), strict=True)] or None
     if mode == "replay" and start is not None:
@@ -211,7 +211,7 @@ def _unsearched(result: SettingResult, probe: Probe, mode: SearchMode, why: str,
     return Search(
         lane=result.lane,
         setting=result.setting,
-        probe=probe.kind,
+        probe=probe.name,
         mode=mode,
         budget=probe.budget(_shape(work)),
         classes=(),
@@ -231,8 +231,8 @@ def _shape(work: Work) -> torch.Size:
     return work.scored_on.inputs.shape[1:]
 
 
-def _seed(kind: str, mode: SearchMode, work: Work) -> int:
-    return int(digests.of_json(["probe", kind, mode, work.bench.seed])[:12], 16)
+def _seed(name: str, mode: SearchMode, work: Work) -> int:
+    return int(digests.of_json(["probe", name, mode, work.bench.seed])[:12], 16)
 
 
 def _path(work: Work, sha256: str) -> Path:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, model_validator
 
 from secure_export.policy._base import PluginSpec, Section, selection
+from secure_export.records.searches import probe_name
 
 Metric = Literal[
     "inverted_asr",
@@ -50,6 +51,11 @@ PRESETS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
         {"kind": "warp", "steps": 100, "images": 12},
         {"kind": "filter", "steps": 100, "images": 12},
     ),
+    "contrast": (
+        {"kind": "patch", "contrast": True, "area": 0.036, "steps": 60, "starts": 3, "finalists": 0.4},
+        {"kind": "l2", "contrast": True, "rms": 0.027, "steps": 60, "starts": 3, "finalists": 0.4},
+        {"kind": "wave", "contrast": True, "steps": 60, "starts": 3, "finalists": 0.4},
+    ),
 }
 
 
@@ -69,7 +75,7 @@ class EvidenceRule(Section):
     at_most: float | None = Field(None, gt=0, description="for everything but inverted_p")
     at_least: float | None = Field(None, gt=0, lt=1, description="for inverted_p")
     probes: Annotated[str | tuple[str, ...], selection(("all",))] = Field(
-        "all", description="all, or a list of kinds"
+        "all", description="all, or a list of names"
     )
     settings: Annotated[str | tuple[str, ...], selection(("all", "released"))] = Field(
         "all", description="all, released, or a list of names and globs"
@@ -130,8 +136,12 @@ class ForgetSpec(Section):
 class EvidenceSpec(Section):
     """The search for triggers that nobody named, on the original and on every purified file."""
 
-    preset: Literal["fast", "thorough"] | None = Field("fast", description="probes and their effort")
-    probes: tuple[PluginSpec, ...] = Field((), description="instead of the preset's; each kind once")
+    preset: Literal["fast", "thorough", "contrast"] | None = Field(
+        "fast", description="probes and their effort"
+    )
+    probes: tuple[PluginSpec, ...] = Field(
+        (), description="instead of the preset's; each kind once, and once more with contrast"
+    )
     samples: int = Field(1000, ge=1, description="holdout samples on which a trigger is scored")
     scored: int = Field(
         3, ge=1, description="classes per search that are scored on the holdout: the best on fit"
@@ -140,7 +150,7 @@ class EvidenceSpec(Section):
         2, ge=1, description="triggers of each probe, found on original files, replayed on every purified one"
     )
     warm: Annotated[str | tuple[str, ...], selection(("all",))] = Field(
-        "all", description="probes whose replayed triggers are searched on from: all, or a list of kinds"
+        "all", description="probes whose replayed triggers are searched on from: all, or a list of names"
     )
     rounding: bool = Field(True, description="look for traces in the rounding of quantized files")
     references: tuple[str, ...] = Field(
@@ -156,16 +166,16 @@ class EvidenceSpec(Section):
 
     @model_validator(mode="after")
     def _sensible(self) -> EvidenceSpec:
-        kinds = self.kinds
-        if not kinds:
+        names = self.names
+        if not names:
             raise ValueError("neither a preset nor probes: nothing would be searched")
-        if len(set(kinds)) != len(kinds):
-            raise ValueError(f"a probe is named twice: {', '.join(kinds)}")
-        named = {kind for rule in self.rules if isinstance(rule.probes, tuple) for kind in rule.probes}
-        named |= set(self.warmed)
-        unknown = sorted(named - set(kinds))
+        if len(set(names)) != len(names):
+            raise ValueError(f"a probe is named twice: {', '.join(names)}")
+        wanted = {name for rule in self.rules if isinstance(rule.probes, tuple) for name in rule.probes}
+        wanted |= set(self.warmed)
+        unknown = sorted(wanted - set(names))
         if unknown:
-            raise ValueError(f"{', '.join(unknown)} is none of the probes ({', '.join(kinds)})")
+            raise ValueError(f"{', '.join(unknown)} is none of the probes ({', '.join(names)})")
         if not any(rule.mode == "cold" for rule in self.rules):
             raise ValueError(
                 "no rule on inverted_asr or inverted_lift: where nothing was purified, nothing would be asked"
@@ -196,28 +206,29 @@ class EvidenceSpec(Section):
         return self.probes or (PRESETS[self.preset] if self.preset else ())
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        """Their names."""
-        return tuple(str(probe["kind"]) for probe in self.specs)
+    def names(self) -> tuple[str, ...]:
+        """What they are called: their kind, and `contrast-` before it where they make one."""
+        return tuple(probe_name(str(probe["kind"]), probe.get("contrast") is True) for probe in self.specs)
 
     @property
     def warmed(self) -> tuple[str, ...]:
         """Names of those that go on from what was found."""
-        return self.warm if isinstance(self.warm, tuple) else self.kinds
+        return self.warm if isinstance(self.warm, tuple) else self.names
 
     @property
     def contrasting(self) -> tuple[str, ...]:
         """Names of those that search against references made on the spot."""
-        return tuple(str(probe["kind"]) for probe in self.specs if probe.get("contrast"))
+        return tuple(
+            name for name, probe in zip(self.names, self.specs, strict=True) if probe.get("contrast") is True
+        )
 
     def read_by(self, rule: EvidenceRule) -> tuple[str, ...]:
         """Names of the probes that a rule reads; "all" means all that have what it reads."""
-        kinds: Iterable[str] = rule.probes if isinstance(rule.probes, tuple) else self.kinds
-        if rule.mode == "warm":
-            kinds = [kind for kind in kinds if kind in self.warmed]
-        if rule.reading == "contrast" and rule.probes == "all":
-            kinds = [kind for kind in kinds if kind in self.contrasting]
-        return tuple(kinds)
+        if isinstance(rule.probes, tuple):
+            names = rule.probes
+        else:
+            names = self.contrasting if rule.reading == "contrast" else self.names
+        return tuple(name for name in names if rule.mode != "warm" or name in self.warmed)
 
     @property
     def compared_again(self) -> bool:

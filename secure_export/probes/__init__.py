@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 
 from secure_export.perturbations import Perturbation
+from secure_export.records.searches import probe_name
 from secure_export.registry import Plugin
 
 if TYPE_CHECKING:
@@ -40,6 +41,11 @@ class Probe(Plugin):
         description="search what works in the file and not in a reference made of it on the spot, which "
         "forgot what clean samples never ask for: for the metrics in _contrast",
     )
+
+    @property
+    def name(self) -> str:
+        """What rules and reports call it: a policy may search a family with and without contrast."""
+        return probe_name(self.kind, self.contrast)
 
     @abstractmethod
     def begin(self, shape: torch.Size, count: int, generator: Generator) -> Free:

@@ -11,6 +11,11 @@ SearchMode = Literal["cold", "warm", "replay"]
 """From noise; from a trigger that worked on an original file; or that trigger as it is."""
 
 
+def probe_name(kind: str, contrast: bool) -> str:
+    """What a probe is called in rules and reports: one family can be searched with and without contrast."""
+    return f"contrast-{kind}" if contrast else kind
+
+
 @dataclass(frozen=True)
 class FoundTrigger:
     """One searched trigger of one class: how far it came, whether or not that is any evidence."""
