@@ -33,7 +33,7 @@ from secure_export.policy import EvidenceSpec, Policy, Setting, load_policy
 from secure_export.policy._readings import Reading, decide
 from secure_export.purifiers import Purifier
 from secure_export.records.measured import Paired, SettingResult
-from secure_export.records.searches import Search
+from secure_export.records.searches import FoundTrigger, Search
 
 RESULTS = Path(__file__).parent / "results" / "evidence-replay.json"
 BLIND = Path(__file__).parents[1] / "policies" / "blind.yaml"
@@ -89,7 +89,8 @@ def row(result: SettingResult, searches: Sequence[Search], target: int) -> dict[
         if search.setting == result.setting:
             tried[f"{search.mode} {search.probe}"] = {
                 "found": [
-                    {"class": t.target_class, "lift": [t.lift.gained, t.lift.lost, t.lift.total]}
+                    {"class": t.target_class}
+                    | {name: [value.gained, value.lost, value.total] for name, value in counts(t)}
                     for t in search.found
                     if t.lift is not None
                 ],
@@ -105,6 +106,14 @@ def row(result: SettingResult, searches: Sequence[Search], target: int) -> dict[
     }
 
 
+def counts(found: FoundTrigger) -> Iterator[tuple[str, Paired]]:
+    """What was counted on the holdout."""
+    if found.lift is not None:
+        yield "lift", found.lift
+    if found.contrast is not None:
+        yield "contrast", found.contrast
+
+
 def said(settings: Mapping[str, Any], policy: Policy) -> str:
     """What the policy's rules on replay and warm search make of a repair: refused, undecided or passed."""
     spec = policy.evidence
@@ -112,7 +121,7 @@ def said(settings: Mapping[str, Any], policy: Policy) -> str:
     for rule in spec.rules if spec else ():
         if spec is None or rule.mode not in ("replay", "warm"):
             continue
-        probes = rule.probes if isinstance(rule.probes, tuple) else spec.warmed
+        probes = spec.read_by(rule)
         for one in settings.values():
             tried = [one.get("tried", {}).get(f"{rule.mode} {probe}", {}) for probe in probes]
             if rule.reading == "excess":
@@ -120,7 +129,12 @@ def said(settings: Mapping[str, Any], policy: Policy) -> str:
                 outcomes += [None] * (len(tried) - len(readings))
             else:
                 found = [t.get("found") or () for t in tried]
-                readings = [Reading("", Paired(*t["lift"]), t["lift"][2]) for some in found for t in some]
+                readings = [
+                    Reading("", Paired(*t[rule.reading]), t[rule.reading][2])
+                    for some in found
+                    for t in some
+                    if rule.reading in t
+                ]
                 outcomes += [None for some in found if not some]
             alpha = (1 - policy.confidence) / max(1, len(readings))
             outcomes += [decide(reading, rule, alpha).passed for reading in readings]
@@ -131,16 +145,17 @@ def asked(policy: Policy, mode: str) -> tuple[str, ...]:
     """The probes whose lifts the policy's rules read in this mode."""
     spec = policy.evidence
     rules = [r for r in spec.rules if r.mode == mode and r.reading == "lift"] if spec else []
-    read = [rule.probes if isinstance(rule.probes, tuple) else spec.warmed for rule in rules if spec]
+    read = [spec.read_by(rule) for rule in rules if spec]
     return tuple(dict.fromkeys(probe for probes in read for probe in probes))
 
 
-def largest(one: Mapping[str, Any], mode: str, probes: Sequence[str]) -> str:
-    """`l2 0.33 → 1`: the largest lift of one way of trying, of these probes."""
+def largest(one: Mapping[str, Any], mode: str, reading: str, probes: Sequence[str]) -> str:
+    """`l2 0.33 → 1`: the largest lift, or contrast, of one way of trying, of these probes."""
     lifts = [
-        ((found["lift"][0] - found["lift"][1]) / found["lift"][2], found["class"], probe)
+        ((found[reading][0] - found[reading][1]) / found[reading][2], found["class"], probe)
         for probe in probes
         for found in one["tried"].get(f"{mode} {probe}", {}).get("found", ())
+        if reading in found
     ]
     if not lifts:
         return "–"
@@ -163,9 +178,11 @@ def furthest(one: Mapping[str, Any], mode: str) -> str:
 
 def table(stored: Mapping[str, Any], policy: Policy, name: str) -> list[str]:
     """Markdown: a line a repair and setting; the largest lift that the policy's rules read, and excess."""
+    contrasts = policy.evidence.contrasting if policy.evidence else ()
+    how = "contrast" if contrasts else "above clean"
     lines = [
         "| model | repair | file | accuracy | true ASR | replay | warm "
-        f"| replay, above clean | warm, above clean | `{name}` |",
+        f"| replay, {how} | warm, {how} | `{name}` |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for model, repairs in stored["models"].items():
@@ -174,8 +191,12 @@ def table(stored: Mapping[str, Any], policy: Policy, name: str) -> list[str]:
                 if "unmeasured" in one:
                     continue
                 (hit, n), (wrong, of) = one["acc"], one["true_asr"]
-                found = [largest(one, mode, asked(policy, mode)) for mode in ("replay", "warm")]
-                found += [furthest(one, mode) for mode in ("replay", "warm")]
+                modes = ("replay", "warm")
+                found = [largest(one, mode, "lift", asked(policy, mode)) for mode in modes]
+                found += [
+                    largest(one, mode, "contrast", contrasts) if contrasts else furthest(one, mode)
+                    for mode in modes
+                ]
                 says = said(entry["settings"], policy)
                 lines.append(
                     f"| `{model}` | {named(entry['repair'])} | {setting} | {100 * hit / n:.1f} "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class File:
     lift: float
     """Of the true trigger."""
     found: Mapping[str, tuple[float, int | None]]
-    """(largest lift on the holdout, its class) of every probe that could search; rounding z likewise."""
+    """(largest lift on the holdout, or contrast; its class) of every probe that searched; rounding z likewise."""
     excess: Mapping[str, tuple[float, int]]
     """(largest lift on fit above the references' median, class by class; its class) of every probe."""
     unsearched: Sequence[str]
@@ -113,7 +113,9 @@ def file(
     """One row with its flags."""
     limits = next(one for one in known["limits"] if binds(one, name, setting, preset))
     found = {
-        probe: (one["lift"], one["class"]) for probe, one in row["probes"].items() if one["lift"] is not None
+        probe: (reading(one), one["class"])
+        for probe, one in row["probes"].items()
+        if reading(one) is not None
     }
     if row.get("rounding"):
         found["rounding z"] = (row["rounding"]["z"], row["rounding"]["target_class"])
@@ -135,6 +137,32 @@ def file(
         unsearched=[probe for probe, one in row["probes"].items() if one["unsearched"]],
         flags=flags,
     )
+
+
+def reading(found: Mapping[str, Any]) -> float | None:
+    """What a probe's limit is about: the contrast where it makes one, else the lift."""
+    contrast: float | None = found.get("contrast")
+    lift: float | None = found["lift"]
+    return lift if contrast is None else contrast
+
+
+def together(files: Sequence[File]) -> list[File]:
+    """One line a file, of all efforts that it was searched with; their probes have names of their own."""
+    made: dict[tuple[str, str], File] = {}
+    for one in files:
+        known = made.get((one.model, one.setting))
+        made[one.model, one.setting] = (
+            one
+            if known is None
+            else replace(
+                known,
+                found={**known.found, **one.found},
+                excess={**known.excess, **one.excess},
+                unsearched=[*known.unsearched, *one.unsearched],
+                flags={**known.flags, **one.flags},
+            )
+        )
+    return list(made.values())
 
 
 def targets(about: Mapping[str, Any]) -> tuple[int, ...]:
@@ -228,13 +256,16 @@ def summary(found: Sequence[File]) -> Iterable[str]:
 @click.command()
 @click.argument("results", nargs=-1, type=click.Path(exists=True, path_type=Path))
 @click.option("--models", default=HERE / "evidence_models.yaml", type=click.Path(path_type=Path))
-def main(results: tuple[Path, ...], models: Path) -> None:
+@click.option("--together", "joined", is_flag=True, help="one line a file over all presets of RESULTS")
+def main(results: tuple[Path, ...], models: Path, joined: bool) -> None:
     """Print the tables and the rates of RESULTS, by default of every stored run of preset `fast`."""
     stored = results or (
         *sorted((HERE / "results").glob("evidence-zoo*.json")),
         HERE / "results/evidence-dev.json",
     )
     found = files((json.loads(path.read_text()) for path in stored), yaml.safe_load(models.read_text()))
+    if joined:
+        found = together(found)
     for heading, held in (("Held out:", True), ("Looked at while limits were set:", False)):
         if some := [one for one in found if one.held_out == held]:
             click.echo("\n".join([heading, "", *table(some), ""]))

@@ -92,6 +92,22 @@ def test_what_could_not_be_searched_is_shown_and_never_a_zero() -> None:
     assert not one.found
 
 
+def test_efforts_stand_in_one_line_and_a_contrast_of_zero_is_read_as_such() -> None:
+    plain = {"zoo/a": model("badnets", fp32=row(0.9, 0.9))}
+    against = row(0.9, 0.9)
+    against["probes"] = {"contrast-patch": against["probes"]["patch"] | {"contrast": 0.0}}
+    known = KNOWN | {
+        "limits": [{"preset": "contrast", "settings": ["*"], "contrast-patch": 0.4}, *KNOWN["limits"]]
+    }
+    stored = [
+        {"models": plain, "preset": "fast"},
+        {"models": {"zoo/a": model("badnets", fp32=against)}, "preset": "contrast"},
+    ]
+    (one,) = evidence_table.together(evidence_table.files(stored, known))
+    assert one.flags == {"patch": 1}
+    assert one.found == {"patch": (0.9, 1), "contrast-patch": (0.0, 1)}
+
+
 def test_auc_of_separated_and_of_equal_scores() -> None:
     assert evidence_table.auc([0.8, 0.9], [0.1, 0.2]) == (1.0, 1.0, 1.0)
     assert evidence_table.auc([0.5, 0.5], [0.5, 0.5])[0] == 0.5

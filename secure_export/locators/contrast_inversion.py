@@ -15,6 +15,7 @@ from secure_export.locators._inversion import Inverts
 from secure_export.probes.l2 import L2
 from secure_export.probes.patch import Patch
 from secure_export.probes.warp import Warp
+from secure_export.probes.wave import Wave
 from secure_export.records.memory import Progress, Split
 from secure_export.searching import counted, search
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from secure_export.probes import Logits, Probe
 
-Family = Literal["patch", "l2", "warp"]
+Family = Literal["patch", "l2", "wave", "warp"]
 JUDGING = 0.3
 """Share of fit on which finds are judged; the searches see the rest."""
 
@@ -48,7 +49,9 @@ class ContrastInversion(Inverts):
     )
     images: int = Field(6, ge=1, description="fit samples a step")
     starts: int = Field(3, ge=1, description="random starts for each class")
-    families: tuple[Family, ...] = Field(("patch", "l2"), min_length=1, description="what is searched")
+    families: tuple[Family, ...] = Field(
+        ("patch", "l2", "wave"), min_length=1, description="what is searched"
+    )
     patch_area: float = Field(0.036, gt=0, le=1, description="mass of the mask as a share of the positions")
     l2_rms: float = Field(0.027, gt=0, le=1, description="size of additive changes per input value")
     min_contrast: float = Field(0.5, gt=0, le=1, description="naming a class takes this score")
@@ -85,6 +88,8 @@ class ContrastInversion(Inverts):
                 return Patch(area=self.patch_area, **effort)
             case "l2":
                 return L2(rms=self.l2_rms, **effort)
+            case "wave":
+                return Wave(**effort)
             case "warp":
                 return Warp(**effort)
 
