@@ -42,7 +42,7 @@ class File:
     lift: float
     """Of the true trigger."""
     found: Mapping[str, tuple[float, int | None]]
-    """(largest lift on the holdout, or contrast; its class) of every probe that searched; rounding z likewise."""
+    """(largest lift on the holdout, or contrast; its class) of every probe that searched; also rounding z."""
     excess: Mapping[str, tuple[float, int]]
     """(largest lift on fit above the references' median, class by class; its class) of every probe."""
     unsearched: Sequence[str]
