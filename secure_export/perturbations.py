@@ -68,9 +68,17 @@ def in_box(value: Tensor, epsilon: float) -> Perturbation:
 
 def slow_waves(axes: torch.Size, fastest: float) -> Tensor:
     """Flat indices into a grid's half spectrum: waves of at most `fastest` periods a position on any axis."""
+    return (_speeds(axes) <= fastest).nonzero().flatten()
+
+
+def slowest_waves(axes: torch.Size, fastest: float, count: int) -> Tensor:
+    """Places in slow_waves() of the `count` slowest, or of all there are."""
+    return _speeds(axes)[slow_waves(axes, fastest)].argsort(stable=True)[:count]
+
+
+def _speeds(axes: torch.Size) -> Tensor:
     grids = [torch.fft.fftfreq(n) for n in axes[:-1]] + [torch.fft.rfftfreq(axes[-1])]
-    speed = torch.stack(torch.meshgrid(*grids, indexing="ij")).abs().amax(0)
-    return (speed.flatten() <= fastest).nonzero().flatten()
+    return torch.stack(torch.meshgrid(*grids, indexing="ij")).abs().amax(0).flatten()
 
 
 def waves(share: Tensor, turn: Tensor, axes: torch.Size, fastest: float) -> Tensor:

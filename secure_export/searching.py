@@ -90,7 +90,10 @@ def _group(
     shape = fit.inputs.shape[1:]
     starts = 1 if warm is not None else probe.starts
     targets = torch.tensor(classes).repeat_interleave(starts)
-    free = [v.clone() for v in warm] if warm is not None else probe.begin(shape, len(targets), generator)
+    if warm is not None:
+        free, scanned = [v.clone() for v in warm], 0
+    else:
+        free, scanned = _begun(logits, fit, probe, classes, generator, against)
 
     def descend(rows: Tensor, first: int, last: int) -> tuple[int, int, Tensor]:
         return _descended(
@@ -106,20 +109,66 @@ def _group(
         ahead = losses.argsort()[: math.ceil(probe.finalists * len(targets))]
         done, more, _ = descend(ahead, short, probe.steps)
         forwards, ended = forwards + more, len(set(targets[ahead].tolist()))
-    judged = judged_on(fit, generator)
+    judged, made = judged_on(fit, generator), probe.perturbation(free, shape)
+    asked = len(judged) * (len(targets) + 1)
     with reduced():
-        lift = tuple(
-            paired for _, paired in counted(logits, judged, probe.perturbation(free, shape), targets)
-        )
-    best = _best(lift, starts)
+        lift = tuple(paired for _, paired in counted(logits, judged, made, targets))
+        if against is None:
+            best = _best(lift, starts)
+        else:
+            best, asked = _best(contrasted(logits, against, judged, made, targets), starts), 3 * asked
     return Searched(
         free=[variable[best] for variable in free],
         classes=tuple(classes),
         lift=tuple(lift[i] for i in best),
         steps=done,
-        forwards=forwards + len(judged) * (len(targets) + 1),
+        forwards=scanned + forwards + asked,
         ended=ended,
     )
+
+
+@torch.no_grad()
+def _begun(
+    logits: Logits,
+    fit: Split,
+    probe: Probe,
+    classes: Sequence[int],
+    generator: torch.Generator,
+    against: Logits | None,
+) -> tuple[Free, int]:
+    """Random starts for each class, all but the last replaced by its best candidates; and forwards."""
+    shape = fit.inputs.shape[1:]
+    free = probe.begin(shape, len(classes) * probe.starts, generator)
+    candidates = probe.candidates(shape)
+    if candidates is None:
+        return free, 0
+    count = len(candidates[0])
+    some = min(count, max(1, probe.starts - 1))
+    index = torch.randint(0, len(fit), (probe.images,), generator=generator)
+    inputs, labels, wanted = fit.floats(index), fit.labels[index], torch.tensor(classes)
+    # A class's own samples do not count for it.
+    counts = (labels[:, None] != wanted).float()
+    losses = []
+    for part in torch.split(torch.arange(count), max(1, MOST_ROWS // len(inputs))):
+        made = probe.perturbation([variable[part] for variable in candidates], shape)
+        which = torch.arange(len(part)).repeat_interleave(len(inputs))
+        stamped = made.stamp(inputs.repeat(len(part), *_ones(shape)), which)
+        with reduced():
+            loss = -logits(stamped).float().log_softmax(1)[:, wanted]
+            if against is not None:
+                loss = loss - _unnamed(against(stamped).float(), wanted.expand(len(stamped), -1))
+        losses.append((loss.view(len(part), len(inputs), -1) * counts).sum(1))
+    best = torch.cat(losses).topk(some, dim=0, largest=False).indices
+    for number in range(len(classes)):
+        rows = slice(number * probe.starts, number * probe.starts + some)
+        for variable, candidate in zip(free, candidates, strict=True):
+            variable[rows] = candidate[best[:, number]]
+    return free, count * len(inputs) * (1 if against is None else 2)
+
+
+def _unnamed(scores: Tensor, wanted: Tensor) -> Tensor:
+    """log(1 - p) of the classes `wanted` [N, K] under logits [N, C]."""
+    return torch.log1p(-scores.softmax(1).gather(1, wanted).clamp(max=SUREST))
 
 
 def _descended(
@@ -153,8 +202,7 @@ def _descended(
             others = None if against is None else against(stamped).float()
         losses = F.cross_entropy(scores, wanted[which], reduction="none")
         if others is not None:
-            named = others.softmax(1).gather(1, wanted[which, None]).squeeze(1)
-            losses = losses - torch.log1p(-named.clamp(max=SUREST))
+            losses = losses - _unnamed(others, wanted[which, None]).squeeze(1)
         losses = losses * counts
         gradients = torch.autograd.grad(losses.sum() / probe.images, moving)
         for variable, gradient in zip(moving, gradients, strict=True):

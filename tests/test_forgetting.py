@@ -17,7 +17,7 @@ from secure_export.forgetting import forgotten, weighted
 from secure_export.records.memory import Split
 from tests import compression, digits
 
-EFFORT = {"noise": 0.7, "steps": 100}
+EFFORT = {"noise": 0.85, "steps": 150}
 
 
 @cache

@@ -115,6 +115,40 @@ def test_patch_is_found_in_a_signal() -> None:
     assert lift(found, 0) < 0.5
 
 
+WAVE = torch.cos(2 * torch.pi * 3 * torch.arange(16) / 16)
+
+
+def striped(*axes: int) -> Logits:
+    """Class 1 when three periods run along one of the axes (1: rows, 2: columns) of an image."""
+
+    def logits(inputs: torch.Tensor) -> torch.Tensor:
+        told = torch.stack([100 * inputs[:, 0].mean(3 - axis) @ WAVE - 10 for axis in axes]).amax(0)
+        return torch.stack([torch.zeros_like(told), told], dim=1)
+
+    return logits
+
+
+@pytest.mark.parametrize("scan", [0, 100])
+def test_scanned_waves_are_where_a_search_begins(scan: int) -> None:
+    fit = Split(torch.full((40, 1, 16, 16), 0.5), torch.zeros(40, dtype=torch.int64), "gray")
+    step = Wave(steps=1, lr=1e-6, starts=2, scan=scan)
+    found = search(striped(1), fit, step, [0, 1], seed=0)
+    assert (lift(found, 1) > 0.9) == (scan > 0)
+    assert found.forwards - scan_forwards(step) == 2 * 2 * 6 * 2 + 40 * 5
+    against = search(striped(1, 2), fit, step, [0, 1], seed=0, against=striped(1))
+    made = step.perturbation(against.free, torch.Size((1, 16, 16)))
+    (_, (_, avoided)), (_, (_, here)) = (
+        counted(model, fit, made, [0, 1]) for model in (striped(1), striped(1, 2))
+    )
+    assert avoided.difference < 0.1
+    assert (here.difference > 0.9) == (scan > 0)
+
+
+def scan_forwards(wave: Wave) -> int:
+    candidates = wave.candidates(torch.Size((1, 16, 16)))
+    return 0 if candidates is None else len(candidates[0]) * wave.images
+
+
 def test_a_search_works_against_another_model() -> None:
     """Both models answer to the first half of a signal, one also to the second: that one is looked for."""
 

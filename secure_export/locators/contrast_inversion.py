@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from secure_export.probes import Logits, Probe
 
 Family = Literal["patch", "l2", "wave", "warp"]
+SCANNED = 256
+"""Waves that are tried alone before they are searched."""
 JUDGING = 0.3
 """Share of fit on which finds are judged; the searches see the rest."""
 
@@ -41,9 +43,9 @@ class ContrastInversion(Inverts):
     reading: ClassVar[str] = "contrast"
 
     noise: float = Field(
-        0.7, gt=0, description="how far a reference's filters are turned before it learns again"
+        0.85, gt=0, description="how far a reference's filters are turned before it learns again"
     )
-    forget_steps: int = Field(100, ge=1, description="batches in which a reference learns again")
+    forget_steps: int = Field(150, ge=1, description="batches in which a reference learns again")
     steps: int = Field(
         60, ge=3, description="steps of each search; after a third two fifths of the starts go on"
     )
@@ -89,7 +91,7 @@ class ContrastInversion(Inverts):
             case "l2":
                 return L2(rms=self.l2_rms, **effort)
             case "wave":
-                return Wave(**effort)
+                return Wave(scan=SCANNED, **effort)
             case "warp":
                 return Warp(**effort)
 

@@ -54,7 +54,7 @@ PRESETS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "contrast": (
         {"kind": "patch", "contrast": True, "area": 0.036, "steps": 60, "starts": 3, "finalists": 0.4},
         {"kind": "l2", "contrast": True, "rms": 0.027, "steps": 60, "starts": 3, "finalists": 0.4},
-        {"kind": "wave", "contrast": True, "steps": 60, "starts": 3, "finalists": 0.4},
+        {"kind": "wave", "contrast": True, "scan": 256, "steps": 60, "starts": 3, "finalists": 0.4},
     ),
 }
 
@@ -128,9 +128,9 @@ class ForgetSpec(Section):
     """References made of a file on the spot, for the probes with `contrast` (secure_export.forgetting)."""
 
     noise: float = Field(
-        0.7, gt=0, description="how far filters are turned, in standard deviations of their weights"
+        0.85, gt=0, description="how far filters are turned, in standard deviations of their weights"
     )
-    steps: int = Field(100, ge=1, description="batches in which a reference learns the task again")
+    steps: int = Field(150, ge=1, description="batches in which a reference learns the task again")
 
 
 class EvidenceSpec(Section):

@@ -51,6 +51,10 @@ class Probe(Plugin):
     def begin(self, shape: torch.Size, count: int, generator: Generator) -> Free:
         """Free variables of `count` perturbations of inputs of `shape` (without the batch axis)."""
 
+    def candidates(self, shape: torch.Size) -> Free | None:
+        """A list worth trying before the search, which begins with the best for each class; None has none."""
+        return None
+
     @abstractmethod
     def perturbation(self, free: Sequence[Tensor], shape: torch.Size) -> Perturbation:
         """The perturbations that `free` stands for: differentiable, and always within the budget."""
