@@ -129,7 +129,7 @@ def validate(policy: str, **given: Any) -> None:
     if loaded.evidence is None:
         click.echo("  no evidence section: no file is searched for triggers that the policy does not name")
     else:
-        searched = ", ".join(loaded.evidence.kinds)
+        searched = ", ".join(loaded.evidence.names)
         click.echo(f"  every file is searched: {searched}; {len(loaded.evidence.rules)} rules on it")
 
 
