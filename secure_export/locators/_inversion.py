@@ -29,10 +29,9 @@ class Inverts(SparesRuins):
         0.3, ge=0, lt=1, description="naming a class takes this much more than the median of all classes"
     )
 
-    @property
     @abstractmethod
-    def least(self) -> float:
-        """The score that naming a class takes."""
+    def least(self, family: str) -> float:
+        """The score of a family that naming a class takes."""
 
     @abstractmethod
     def searched(
@@ -51,15 +50,17 @@ class Inverts(SparesRuins):
         with views.gradients(f"{self.kind} needs gradients"):
             found = self.searched(view.twin, fit, classes, seed, progress)
         scores = [max(of_class) for of_class in zip(*found.values(), strict=True)]
-        named = max(range(classes), key=lambda c: scores[c])
+        largest = max(range(classes), key=lambda c: scores[c])
+        reached = [c for c in range(classes) if any(by[c] >= self.least(f) for f, by in found.items())]
+        named = max(reached, key=lambda c: scores[c], default=largest)
         lead = scores[named] - median(scores)
         return Suspect(
             locator=self.kind,
             setting=view.setting,
-            target_class=named if scores[named] >= self.least and lead >= self.min_lead else None,
+            target_class=named if reached and lead >= self.min_lead else None,
             scores=tuple(scores),
             evidence={
-                "largest": named,
+                "largest": largest,
                 "lead": lead,
                 **{f"{self.reading}_{family}": by_class[named] for family, by_class in found.items()},
                 **ruin,

@@ -57,11 +57,11 @@ class ContrastInversion(Inverts):
     patch_area: float = Field(0.036, gt=0, le=1, description="mass of the mask as a share of the positions")
     l2_rms: float = Field(0.027, gt=0, le=1, description="size of additive changes per input value")
     min_contrast: float = Field(0.5, gt=0, le=1, description="naming a class takes this score")
+    min_wave_contrast: float = Field(0.6, gt=0, le=1, description="and this one where waves reach it")
 
-    @property
-    def least(self) -> float:
+    def least(self, family: str) -> float:
         """The contrast that naming a class takes."""
-        return self.min_contrast
+        return self.min_wave_contrast if family == "wave" else self.min_contrast
 
     def searched(
         self, twin: Callable[[Tensor], Tensor], fit: Split, classes: int, seed: int, progress: Progress

@@ -34,8 +34,7 @@ class TriggerInversion(Inverts):
         0.6, gt=0, le=1, description="naming a class takes this share of other classes' samples"
     )
 
-    @property
-    def least(self) -> float:
+    def least(self, family: str) -> float:
         """The lift that naming a class takes."""
         return self.min_lift
 
