@@ -149,18 +149,59 @@ def asked(policy: Policy, mode: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(probe for probes in read for probe in probes))
 
 
-def largest(one: Mapping[str, Any], mode: str, reading: str, probes: Sequence[str]) -> str:
-    """`l2 0.33 → 1`: the largest lift, or contrast, of one way of trying, of these probes."""
+def largest(one: Mapping[str, Any], mode: str, probes: Sequence[str]) -> str:
+    """`l2 0.33 → 1`: the largest lift of one way of trying, of these probes."""
     lifts = [
-        ((found[reading][0] - found[reading][1]) / found[reading][2], found["class"], probe)
+        (Paired(*found["lift"]).difference, found["class"], probe)
         for probe in probes
         for found in one["tried"].get(f"{mode} {probe}", {}).get("found", ())
-        if reading in found
     ]
     if not lifts:
         return "–"
     lift, into, probe = max(lifts)
     return f"`{probe}` {lift:.2f} → {into}"
+
+
+def contrasts_of(one: Mapping[str, Any], mode: str, probes: Sequence[str], planted: int) -> tuple[str, str]:
+    """`patch` 0.45, `wave` 0.57: into the planted class by probe; and the largest into any other."""
+    found = [
+        (Paired(*trigger["contrast"]).difference, trigger["class"], probe.removeprefix("contrast-"))
+        for probe in probes
+        for trigger in one["tried"].get(f"{mode} {probe}", {}).get("found", ())
+        if "contrast" in trigger
+    ]
+    into = [f"`{probe}` {value:.2f}" for value, named, probe in found if named == planted]
+    value, named, probe = max((one for one in found if one[1] != planted), default=(0.0, -1, ""))
+    return ", ".join(into) or "–", f"`{probe}` {value:.2f} → {named}" if probe else "–"
+
+
+def contrast_table(stored: Mapping[str, Any], policy: Policy, name: str, probes: Sequence[str]) -> list[str]:
+    """Markdown: a line a repair and setting; contrasts into the planted class, and the largest of others."""
+    lines = [
+        "| model | repair | file | accuracy | true ASR | replay, planted class | replay, others "
+        f"| warm, planted class | warm, others | `{name}` |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for model, repairs in stored["models"].items():
+        for entry in repairs:
+            for setting, one in entry["settings"].items():
+                if "unmeasured" in one:
+                    continue
+                cells = [
+                    c for m in ("replay", "warm") for c in contrasts_of(one, m, probes, entry["target_class"])
+                ]
+                says = said(entry["settings"], policy)
+                lines.append(f"{about(model, entry, setting, one)} | {' | '.join(cells)} | {says} |")
+    return lines
+
+
+def about(model: str, entry: Mapping[str, Any], setting: str, one: Mapping[str, Any]) -> str:
+    """The first cells of a line: which repair, and what is true of it."""
+    (hit, n), (wrong, of) = one["acc"], one["true_asr"]
+    return (
+        f"| `{model}` | {named(entry['repair'])} | {setting} | {100 * hit / n:.1f} "
+        f"| {wrong}/{of} ({100 * wrong / of:.1f} %)"
+    )
 
 
 def furthest(one: Mapping[str, Any], mode: str) -> str:
@@ -179,10 +220,11 @@ def furthest(one: Mapping[str, Any], mode: str) -> str:
 def table(stored: Mapping[str, Any], policy: Policy, name: str) -> list[str]:
     """Markdown: a line a repair and setting; the largest lift that the policy's rules read, and excess."""
     contrasts = policy.evidence.contrasting if policy.evidence else ()
-    how = "contrast" if contrasts else "above clean"
+    if contrasts:
+        return contrast_table(stored, policy, name, contrasts)
     lines = [
         "| model | repair | file | accuracy | true ASR | replay | warm "
-        f"| replay, {how} | warm, {how} | `{name}` |",
+        f"| replay, above clean | warm, above clean | `{name}` |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for model, repairs in stored["models"].items():
@@ -190,18 +232,11 @@ def table(stored: Mapping[str, Any], policy: Policy, name: str) -> list[str]:
             for setting, one in entry["settings"].items():
                 if "unmeasured" in one:
                     continue
-                (hit, n), (wrong, of) = one["acc"], one["true_asr"]
                 modes = ("replay", "warm")
-                found = [largest(one, mode, "lift", asked(policy, mode)) for mode in modes]
-                found += [
-                    largest(one, mode, "contrast", contrasts) if contrasts else furthest(one, mode)
-                    for mode in modes
-                ]
+                found = [largest(one, mode, asked(policy, mode)) for mode in modes]
+                found += [furthest(one, mode) for mode in modes]
                 says = said(entry["settings"], policy)
-                lines.append(
-                    f"| `{model}` | {named(entry['repair'])} | {setting} | {100 * hit / n:.1f} "
-                    f"| {wrong}/{of} ({100 * wrong / of:.1f} %) | {' | '.join(found)} | {says} |"
-                )
+                lines.append(f"{about(model, entry, setting, one)} | {' | '.join(found)} | {says} |")
     return lines
 
 
@@ -280,7 +315,8 @@ def main(**o: Any) -> None:
             if compared:
                 tried = calibrated(tried, compared)
             made = {result.setting: row(result, tried, card["target_class"]) for result in results}
-            rows.append({"repair": repair, "sha256": card["sha256"], "settings": made})
+            told = {"sha256": card["sha256"], "target_class": card["target_class"]}
+            rows.append({"repair": repair} | told | {"settings": made})
             click.echo(f"{path.stem} {json.dumps(rows[-1])}", err=True)
             about = {"preset": o["preset"], "samples": o["samples"], "seed": 0, "versions": dict(versions())}
             o["out"].write_text(json.dumps(stored | about, indent=1) + "\n")

@@ -87,3 +87,30 @@ def test_a_repair_goes_as_far_as_leaves_the_asr(left: float) -> None:
     after = evidence_replay.between(bad, clean, share)(stamped).argmax(1) == toys.TARGET
     assert 0 < share < 1
     assert abs(float(after.float().mean()) - left) < 0.05
+
+
+def test_contrasts_into_the_planted_class_stand_apart_from_the_others() -> None:
+    policy = make_policy(
+        evidence={
+            "preset": None,
+            "probes": [{"kind": "patch", "contrast": True}, {"kind": "l2", "contrast": True}],
+            "rules": [
+                {"metric": "inverted_contrast", "at_most": 0.5},
+                {"metric": "replay_contrast", "at_most": 0.4},
+            ],
+        }
+    )
+
+    def found(named: int, contrast: list[int]) -> dict[str, Any]:
+        return {"class": named, "lift": [900, 0, 1000], "contrast": contrast}
+
+    tried = {
+        "replay contrast-patch": {"found": [found(1, [250, 50, 1000]), found(9, [310, 0, 1000])]},
+        "replay contrast-l2": {"found": [found(4, [100, 0, 1000])]},
+    }
+    one = {"acc": [85, 100], "true_asr": [9, 90], "tried": tried}
+    stored = {"models": {"bad": [{"repair": {"share": 0.5}, "target_class": 1, "settings": {"fp32": one}}]}}
+    line = evidence_replay.table(stored, policy, "some.yaml")[2]
+    assert "| `patch` 0.20 | `patch` 0.31 → 9 | – | – | passed |" in line
+    tried["replay contrast-l2"]["found"][0]["contrast"] = [600, 0, 1000]
+    assert "refused" in evidence_replay.table(stored, policy, "some.yaml")[2]
