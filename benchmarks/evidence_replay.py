@@ -129,13 +129,9 @@ def said(settings: Mapping[str, Any], policy: Policy) -> str:
                 outcomes += [None] * (len(tried) - len(readings))
             else:
                 found = [t.get("found") or () for t in tried]
-                readings = [
-                    Reading("", Paired(*t[rule.reading]), t[rule.reading][2])
-                    for some in found
-                    for t in some
-                    if rule.reading in t
-                ]
-                outcomes += [None for some in found if not some]
+                counted = [t.get(rule.reading) for some in found for t in some]
+                readings = [Reading("", Paired(*value), value[2]) for value in counted if value]
+                outcomes += [None] * (counted.count(None) + sum(not some for some in found))
             alpha = (1 - policy.confidence) / max(1, len(readings))
             outcomes += [decide(reading, rule, alpha).passed for reading in readings]
     return "refused" if False in outcomes else "passed" if outcomes and all(outcomes) else "undecided"
@@ -175,26 +171,6 @@ def contrasts_of(one: Mapping[str, Any], mode: str, probes: Sequence[str], plant
     return ", ".join(into) or "–", f"`{probe}` {value:.2f} → {named}" if probe else "–"
 
 
-def contrast_table(stored: Mapping[str, Any], policy: Policy, name: str, probes: Sequence[str]) -> list[str]:
-    """Markdown: a line a repair and setting; contrasts into the planted class, and the largest of others."""
-    lines = [
-        "| model | repair | file | accuracy | true ASR | replay, planted class | replay, others "
-        f"| warm, planted class | warm, others | `{name}` |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for model, repairs in stored["models"].items():
-        for entry in repairs:
-            for setting, one in entry["settings"].items():
-                if "unmeasured" in one:
-                    continue
-                cells = [
-                    c for m in ("replay", "warm") for c in contrasts_of(one, m, probes, entry["target_class"])
-                ]
-                says = said(entry["settings"], policy)
-                lines.append(f"{about(model, entry, setting, one)} | {' | '.join(cells)} | {says} |")
-    return lines
-
-
 def about(model: str, entry: Mapping[str, Any], setting: str, one: Mapping[str, Any]) -> str:
     """The first cells of a line: which repair, and what is true of it."""
     (hit, n), (wrong, of) = one["acc"], one["true_asr"]
@@ -218,25 +194,28 @@ def furthest(one: Mapping[str, Any], mode: str) -> str:
 
 
 def table(stored: Mapping[str, Any], policy: Policy, name: str) -> list[str]:
-    """Markdown: a line a repair and setting; the largest lift that the policy's rules read, and excess."""
+    """Markdown: a line a repair and setting; contrasts where the policy makes any, else lifts and excess."""
+    modes = ("replay", "warm")
     contrasts = policy.evidence.contrasting if policy.evidence else ()
     if contrasts:
-        return contrast_table(stored, policy, name, contrasts)
-    lines = [
-        "| model | repair | file | accuracy | true ASR | replay | warm "
-        f"| replay, above clean | warm, above clean | `{name}` |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+        heads = [f"{mode}, {whose}" for mode in modes for whose in ("planted class", "others")]
+    else:
+        heads = [*modes, *(f"{mode}, above clean" for mode in modes)]
+    heads = ["model", "repair", "file", "accuracy", "true ASR", *heads, f"`{name}`"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for model, repairs in stored["models"].items():
         for entry in repairs:
             for setting, one in entry["settings"].items():
                 if "unmeasured" in one:
                     continue
-                modes = ("replay", "warm")
-                found = [largest(one, mode, asked(policy, mode)) for mode in modes]
-                found += [furthest(one, mode) for mode in modes]
+                if contrasts:
+                    planted = entry["target_class"]
+                    cells = [cell for mode in modes for cell in contrasts_of(one, mode, contrasts, planted)]
+                else:
+                    cells = [largest(one, mode, asked(policy, mode)) for mode in modes]
+                    cells += [furthest(one, mode) for mode in modes]
                 says = said(entry["settings"], policy)
-                lines.append(f"{about(model, entry, setting, one)} | {' | '.join(found)} | {says} |")
+                lines.append(f"{about(model, entry, setting, one)} | {' | '.join(cells)} | {says} |")
     return lines
 
 

@@ -114,3 +114,5 @@ def test_contrasts_into_the_planted_class_stand_apart_from_the_others() -> None:
     assert "| `patch` 0.20 | `patch` 0.31 → 9 | – | – | passed |" in line
     tried["replay contrast-l2"]["found"][0]["contrast"] = [600, 0, 1000]
     assert "refused" in evidence_replay.table(stored, policy, "some.yaml")[2]
+    del tried["replay contrast-l2"]["found"][0]["contrast"]
+    assert "undecided" in evidence_replay.table(stored, policy, "some.yaml")[2]
