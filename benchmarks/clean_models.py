@@ -32,8 +32,8 @@ FLEETS = (
     Fleet("digits", "cnn", 14, 3),
     Fleet("digits", "resnet18_w8", 6, 2),
     Fleet("speech", "keywords", 2, 1),
+    Fleet("cpu-tiny", "resnet18_w8", 20, 2),
     Fleet("cpu-tiny", "cnn", 10, 2),
-    Fleet("cpu-tiny", "resnet18_w8", 1, 1),
 )
 """The cheapest first."""
 
@@ -54,11 +54,12 @@ def wanted(fleet: Fleet, out: Path, cache: Path, source: Path | None) -> Iterato
 @click.option("--cache", default="build/data", type=click.Path(path_type=Path), show_default=True)
 @click.option("--data", "source", type=click.Path(path_type=Path), help="folder of the archives")
 @click.option("--preset", type=click.Choice([fleet.preset for fleet in FLEETS]), help="this one only")
-def main(out: Path, cache: Path, source: Path | None, preset: str | None) -> None:
+@click.option("--network", type=click.Choice([fleet.network for fleet in FLEETS]), help="this one only")
+def main(out: Path, cache: Path, source: Path | None, preset: str | None, network: str | None) -> None:
     """Train, measure and describe every model that has no card yet; one line a model on disk."""
     torch.set_num_threads(1)
     for fleet in FLEETS:
-        if preset not in (None, fleet.preset):
+        if preset not in (None, fleet.preset) or network not in (None, fleet.network):
             continue
         for lab, name in wanted(fleet, out, cache, source):
             path = lab.path(name).with_suffix(".json")

@@ -18,9 +18,9 @@ import click
 import torch
 
 from benchmarks import cards, datasets, sources
-from benchmarks.defences import HEAD, load
+from benchmarks.defences import load
 from benchmarks.purify_trials import stratified
-from secure_export import digests, registry
+from secure_export import digests, heads, registry
 from secure_export.environment import versions
 from secure_export.errors import CompressError
 from secure_export.evidence import cold_searches, work_of
@@ -64,6 +64,8 @@ def bench_of(card: Any, data: datasets.Images, folder: Path, n: int) -> Bench:
         trigger_digests={"true": digests.of_json(kind)},
         seed=0,
         progress=silent,
+        # As many as the searches have; left alone it would take every core for the passes beside them.
+        runtime={"onnxruntime": {"intra_op_threads": torch.get_num_threads()}},
     )
 
 
@@ -80,7 +82,8 @@ def one(
     card = cards.read(path.with_suffix(".json"))
     bench = bench_of(card, data, folder, n)
     model = load(path, card)
-    lined = at_the_head(model, HEAD, "original", digests.of_file(path), bench)
+    head, _ = heads.find(model, tuple(data.test_x.shape[1:]))
+    lined = at_the_head(model, head, "original", digests.of_file(path), bench)
     settings = [Setting(name, SETTINGS[name], {"kind": "onnx"}, False) for name in names]
     rows = {}
     for setting, result in zip(settings, through_settings(lined, settings, bench), strict=True):
@@ -169,6 +172,7 @@ def summary(found: Any) -> str:
 @click.option("--settings", default="fp32,int8", show_default=True)
 @click.option("--preset", default="fast", show_default=True)
 @click.option("--samples", default=500, show_default=True, help="holdout samples that score a trigger")
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
 @click.option("--search/--no-search", default=True, help="truth and rounding alone take seconds")
 def main(
     models: tuple[Path, ...],
@@ -179,10 +183,11 @@ def main(
     settings: str,
     preset: str,
     samples: int,
+    threads: int,
     search: bool,
 ) -> None:
     """Search every model under every setting and add the rows to the results."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     spec = EvidenceSpec.model_validate({"preset": preset, "samples": samples, "rules": tuple(LIMITS)})
     data = sources.named(dataset, cache, None)
     found = json.loads(out.read_text()) if out.is_file() else {"models": {}}

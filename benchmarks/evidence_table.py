@@ -128,7 +128,9 @@ def file(
     return File(
         model=name,
         setting=setting,
-        held_out=not matches(name, known["thresholds"]),
+        held_out=not any(
+            preset in one["presets"] and matches(name, one["models"]) for one in known["thresholds"]
+        ),
         attack=about["attack"],
         targets=targets(about),
         lift=(gained - lost) / total,
@@ -165,6 +167,21 @@ def together(files: Sequence[File]) -> list[File]:
     return list(made.values())
 
 
+def narrowed(run: Mapping[str, Any], probes: Sequence[str]) -> dict[str, Any]:
+    """A stored run as if these probes alone had searched, which they would have done in the same way."""
+
+    def row(found: Mapping[str, Any]) -> Mapping[str, Any]:
+        if "unmeasured" in found:
+            return found
+        return {**found, "probes": {name: one for name, one in found["probes"].items() if name in probes}}
+
+    models = {
+        name: {**about, "rows": {setting: row(found) for setting, found in about["rows"].items()}}
+        for name, about in run["models"].items()
+    }
+    return {**run, "models": models}
+
+
 def targets(about: Mapping[str, Any]) -> tuple[int, ...]:
     """The class of every backdoor that was planted."""
     entry = ZOO.get(about["card"])
@@ -174,7 +191,7 @@ def targets(about: Mapping[str, Any]) -> tuple[int, ...]:
 
 def binds(limits: Mapping[str, Any], model: str, setting: str, preset: str) -> bool:
     """Whether a set of limits is meant for this file and effort."""
-    named = matches(model, limits.get("models", ["*"])) and preset == limits.get("preset", "fast")
+    named = matches(model, limits.get("models", ["*"])) and preset in limits.get("presets", ["fast", "wide"])
     return named and matches(setting, limits["settings"])
 
 
@@ -253,17 +270,36 @@ def summary(found: Sequence[File]) -> Iterable[str]:
                 yield f"AUC of {kind}{name}: {area:.3f} ({low:.3f} to {high:.3f}), {compared}"
 
 
+def costs(run: Mapping[str, Any]) -> Iterable[str]:
+    """Every search of a stored run, in passes of all triggered test images through the same file."""
+    for name, about in run["models"].items():
+        for setting, row in about["rows"].items():
+            if row.get("asr_pass_seconds"):
+                yardstick = row["asr_pass_seconds"]
+                parts = {probe: one["seconds"] / yardstick for probe, one in row["probes"].items()}
+                each = ", ".join(f"{probe} {cost:.1f}" for probe, cost in parts.items())
+                yield f"{name} {setting}: {sum(parts.values()):.1f} passes of {yardstick:.1f} s ({each})"
+
+
 @click.command()
 @click.argument("results", nargs=-1, type=click.Path(exists=True, path_type=Path))
 @click.option("--models", default=HERE / "evidence_models.yaml", type=click.Path(path_type=Path))
 @click.option("--together", "joined", is_flag=True, help="one line a file over all presets of RESULTS")
-def main(results: tuple[Path, ...], models: Path, joined: bool) -> None:
-    """Print the tables and the rates of RESULTS, by default of every stored run of preset `fast`."""
+@click.option("--probes", help="of these alone, with commas between: what a smaller preset would have found")
+@click.option("--cost", is_flag=True, help="print what the searches cost, and no table")
+def main(results: tuple[Path, ...], models: Path, joined: bool, probes: str | None, cost: bool) -> None:
+    """Print the tables and the rates of RESULTS, by default of every stored run of preset `wide`."""
     stored = results or (
         *sorted((HERE / "results").glob("evidence-zoo*.json")),
         HERE / "results/evidence-dev.json",
     )
-    found = files((json.loads(path.read_text()) for path in stored), yaml.safe_load(models.read_text()))
+    runs = [json.loads(path.read_text()) for path in stored]
+    if probes:
+        runs = [narrowed(run, probes.split(",")) for run in runs]
+    if cost:
+        click.echo("\n".join(line for run in runs for line in costs(run)))
+        return
+    found = files(runs, yaml.safe_load(models.read_text()))
     if joined:
         found = together(found)
     for heading, held in (("Held out:", True), ("Looked at while limits were set:", False)):

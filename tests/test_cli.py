@@ -135,7 +135,7 @@ def test_init_writes_a_policy_that_validates_and_never_overwrites(tmp_path: Path
 def test_validate_says_whether_triggers_are_searched(name: str, searched: bool) -> None:
     code, output = invoke("validate", "-p", name)
     assert code == 0, output
-    assert ("every file is searched: patch, large-patch, l2, wave, warp" in output) == searched
+    assert ("every file is searched: patch, l2, warp" in output) == searched
     assert ("no file is searched" in output) != searched
 
 

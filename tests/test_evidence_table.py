@@ -7,11 +7,11 @@ from typing import Any
 from benchmarks import evidence_table
 
 KNOWN = {
-    "thresholds": ["old/*"],
+    "thresholds": [{"presets": ["fast", "wide"], "models": ["old/*"]}],
     "references": [{"models": ["pair/*"], "of": ["pair/clean-*"]}],
     "limits": [
         {"models": ["tiny/*"], "settings": ["*"], "patch": 0.1},
-        {"preset": "thorough", "settings": ["*"], "patch": 0.5},
+        {"presets": ["thorough"], "settings": ["*"], "patch": 0.5},
         {"settings": ["prune*"], "patch": 0.6},
         {"models": ["pair/*"], "settings": ["*"], "excess": {"patch": 0.2}},
         {"settings": ["*"], "patch": 0.3, "rounding z": 10},
@@ -97,7 +97,7 @@ def test_efforts_stand_in_one_line_and_a_contrast_of_zero_is_read_as_such() -> N
     against = row(0.9, 0.9)
     against["probes"] = {"contrast-patch": against["probes"]["patch"] | {"contrast": 0.0}}
     known = KNOWN | {
-        "limits": [{"preset": "contrast", "settings": ["*"], "contrast-patch": 0.4}, *KNOWN["limits"]]
+        "limits": [{"presets": ["contrast"], "settings": ["*"], "contrast-patch": 0.4}, *KNOWN["limits"]]
     }
     stored = [
         {"models": plain, "preset": "fast"},
@@ -111,3 +111,13 @@ def test_efforts_stand_in_one_line_and_a_contrast_of_zero_is_read_as_such() -> N
 def test_auc_of_separated_and_of_equal_scores() -> None:
     assert evidence_table.auc([0.8, 0.9], [0.1, 0.2]) == (1.0, 1.0, 1.0)
     assert evidence_table.auc([0.5, 0.5], [0.5, 0.5])[0] == 0.5
+
+
+def test_a_smaller_preset_is_read_off_a_larger_one() -> None:
+    made = row(0.9, 0.1)
+    made["probes"]["wave"] = made["probes"]["patch"] | {"lift": 0.9}
+    stored = {"models": {"zoo/a": model("badnets", fp32=made, int8={"unmeasured": "no"})}, "preset": "wide"}
+    known = KNOWN | {"limits": [{"settings": ["*"], "patch": 0.3, "wave": 0.3}]}
+    assert [dict(one.flags) for one in evidence_table.files([stored], known)] == [{"wave": 1}]
+    narrowed = evidence_table.narrowed(stored, ["patch"])
+    assert [dict(one.flags) for one in evidence_table.files([narrowed], known)] == [{}]

@@ -33,13 +33,17 @@ Metric = Literal[
 
 MODES: Mapping[str, str] = {"inverted": "cold", "replay": "replay", "warm": "warm"}
 
+FAST: tuple[Mapping[str, Any], ...] = (
+    {"kind": "patch", "steps": 60, "images": 6, "finalists": 0.4},
+    {"kind": "l2", "steps": 90, "images": 4, "finalists": 0.4},
+    {"kind": "warp", "steps": 40, "images": 6, "finalists": 0.4},
+)
 PRESETS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
-    "fast": (
-        {"kind": "patch", "steps": 60, "images": 6, "finalists": 0.4},
+    "fast": FAST,
+    "wide": (
+        *FAST,
         {"kind": "large-patch", "steps": 60, "images": 6, "finalists": 0.4},
-        {"kind": "l2", "steps": 90, "images": 4, "finalists": 0.4},
         {"kind": "wave", "steps": 60, "images": 4, "starts": 2, "finalists": 0.3},
-        {"kind": "warp", "steps": 40, "images": 6, "finalists": 0.4},
     ),
     "thorough": (
         {"kind": "patch", "steps": 120, "images": 12},
@@ -136,7 +140,7 @@ class ForgetSpec(Section):
 class EvidenceSpec(Section):
     """The search for triggers that nobody named, on the original and on every purified file."""
 
-    preset: Literal["fast", "thorough", "contrast"] | None = Field(
+    preset: Literal["fast", "wide", "thorough", "contrast"] | None = Field(
         "fast", description="probes and their effort"
     )
     probes: tuple[PluginSpec, ...] = Field(
