@@ -78,8 +78,15 @@ def share_that_leaves(left: float, bad: nn.Module, clean: nn.Module, target: int
     return (low + high) / 2
 
 
-def row(result: SettingResult, searches: Sequence[Search], target: int) -> dict[str, Any]:
+def row(
+    result: SettingResult, searches: Sequence[Search], originals: Sequence[Search], target: int
+) -> dict[str, Any]:
     """One setting of one repaired model: the truth as counts, and every trigger that was tried."""
+    before = {
+        (search.probe, search.setting, t.target_class): numbers(t)
+        for search in originals
+        for t in search.found
+    }
     measured = result.measurement
     if measured is None:
         return {"unmeasured": result.unmeasured.reason if result.unmeasured else ""}
@@ -89,8 +96,9 @@ def row(result: SettingResult, searches: Sequence[Search], target: int) -> dict[
         if search.setting == result.setting:
             tried[f"{search.mode} {search.probe}"] = {
                 "found": [
-                    {"class": t.target_class}
-                    | {name: [value.gained, value.lost, value.total] for name, value in counts(t)}
+                    {"class": t.target_class, "origin": t.origin}
+                    | numbers(t)
+                    | {"original": before[search.probe, t.origin, t.target_class]}
                     for t in search.found
                     if t.lift is not None
                 ],
@@ -106,12 +114,16 @@ def row(result: SettingResult, searches: Sequence[Search], target: int) -> dict[
     }
 
 
-def counts(found: FoundTrigger) -> Iterator[tuple[str, Paired]]:
+def numbers(found: FoundTrigger) -> dict[str, list[int]]:
     """What was counted on the holdout."""
-    if found.lift is not None:
-        yield "lift", found.lift
-    if found.contrast is not None:
-        yield "contrast", found.contrast
+    counted = {"lift": found.lift, "contrast": found.contrast}
+    return {name: [one.gained, one.lost, one.total] for name, one in counted.items() if one is not None}
+
+
+def did_more(trigger: Mapping[str, Any], reading: str, least: float | None) -> bool:
+    """Whether a rule's found_above lets it read this trigger, as it does where the original's is not told."""
+    original = trigger.get("original", {}).get(reading)
+    return least is None or original is None or Paired(*original).difference > least
 
 
 def said(settings: Mapping[str, Any], policy: Policy) -> str:
@@ -129,7 +141,12 @@ def said(settings: Mapping[str, Any], policy: Policy) -> str:
                 outcomes += [None] * (len(tried) - len(readings))
             else:
                 found = [t.get("found") or () for t in tried]
-                counted = [t.get(rule.reading) for some in found for t in some]
+                counted = [
+                    t.get(rule.reading)
+                    for some in found
+                    for t in some
+                    if did_more(t, rule.reading, rule.found_above)
+                ]
                 readings = [Reading("", Paired(*value), value[2]) for value in counted if value]
                 outcomes += [None] * (counted.count(None) + sum(not some for some in found))
             alpha = (1 - policy.confidence) / max(1, len(readings))
@@ -293,7 +310,8 @@ def main(**o: Any) -> None:
             tried = tried_again(results, known, work)
             if compared:
                 tried = calibrated(tried, compared)
-            made = {result.setting: row(result, tried, card["target_class"]) for result in results}
+            target = card["target_class"]
+            made = {result.setting: row(result, tried, searches, target) for result in results}
             told = {"sha256": card["sha256"], "target_class": card["target_class"]}
             rows.append({"repair": repair} | told | {"settings": made})
             click.echo(f"{path.stem} {json.dumps(rows[-1])}", err=True)

@@ -52,6 +52,7 @@ def findings(rule: dict[str, Any], *records: Any, **changes: Any) -> list[Findin
 
 ANY = {"metric": "inverted_lift", "at_most": 0.9, "settings": ["fp32"]}
 LIFT = {"metric": "inverted_lift", "at_most": 0.3, "settings": ["fp32"]}
+REPLAY = {"metric": "replay_lift", "at_most": 0.2}
 
 
 @pytest.mark.parametrize(
@@ -149,6 +150,42 @@ def test_contrast_is_read_of_the_probes_that_make_one(metric: str, mode: str) ->
             findings(rule | {"probes": probes}, found(100), **changes)
 
 
+@pytest.mark.parametrize(
+    ("mode", "before", "after", "passed", "message"),
+    [
+        ("replay", 900, 10, True, "no evidence found with patch"),
+        ("replay", 900, 400, False, "class 1, from fp32"),
+        ("warm", 900, 400, False, "class 1, from fp32"),
+        ("replay", 400, 400, True, "stands for itself"),  # natural, and no evidence on the original
+        ("replay", 400, None, None, "no original file"),
+    ],
+)
+def test_a_rule_may_read_only_what_stood_out_on_the_original(
+    mode: str, before: int, after: int | None, passed: bool | None, message: str
+) -> None:
+    rule = {"metric": f"{mode}_lift", "at_most": 0.2, "settings": ["fp32"], "found_above": 0.5}
+    tried = search(mode, after or 0)
+    tried = replace(tried, found=(replace(tried.found[0], origin="fp32"),))
+    if after is None:
+        tried = replace(tried, found=(), unsearched="no original file could be searched")
+    (finding,) = findings(rule, search("cold", before, lane="original"), tried)
+    assert finding.passed is passed
+    assert message in finding.message
+
+
+def test_a_trigger_that_stood_out_and_was_not_tried_again_leaves_the_rule_undecided() -> None:
+    rule = {"metric": "replay_lift", "at_most": 0.2, "settings": ["fp32"], "found_above": 0.5}
+    other = replace(search("cold", 900).found[0], target_class=2)
+    original = search("cold", 900, lane="original")
+    original = replace(original, found=(*original.found, other))
+    tried = search("replay", 10)
+    tried = replace(tried, found=(replace(tried.found[0], origin="fp32"),))
+    (finding,) = findings(rule, original, tried)
+    assert finding.passed is None
+    assert "class 2" in finding.message
+    assert "evidence.replayed" in finding.message
+
+
 PURIFIED = ("margin", "latent", "norm", "shift", "logit", "score")
 
 
@@ -166,7 +203,7 @@ def test_no_rule_can_read_what_a_purifier_optimizes() -> None:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"rules": [{"metric": "replay_lift", "at_most": 0.2}]}, "nothing would be asked"),
+        ({"rules": [REPLAY]}, "nothing would be asked"),
         ({"rules": [LIFT], "preset": None}, "nothing would be searched"),
         ({"rules": [LIFT | {"probes": ["filter"]}]}, "filter is none of the probes"),
         ({"rules": [LIFT | {"at_most": 30.0}]}, "did you mean 0.3"),
@@ -174,6 +211,11 @@ def test_no_rule_can_read_what_a_purifier_optimizes() -> None:
         ({"rules": [LIFT], "probes": [{"kind": "patch"}, {"kind": "patch"}]}, "named twice"),
         ({"rules": [LIFT, {"metric": "rounding_z", "at_most": 5}], "rounding": False}, "rounding is off"),
         ({"rules": [LIFT | {"at_least": 0.5}]}, "takes at_most"),
+        ({"rules": [LIFT | {"found_above": 0.5}]}, "has no found_above"),
+        (
+            {"rules": [LIFT, REPLAY | {"found_above": 0.5}], "replayed": 4},
+            "no more be replayed than scored",
+        ),
         (
             {"rules": [LIFT], "preset": None, "probes": [{"kind": "l2"}], "warm": ["patch"]},
             "none of the probes",

@@ -84,6 +84,13 @@ class EvidenceRule(Section):
     settings: Annotated[str | tuple[str, ...], selection(("all", "released"))] = Field(
         "all", description="all, released, or a list of names and globs"
     )
+    found_above: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="of replay and warm search, read those triggers alone that did more than this on the "
+        "original file: the others were no evidence there",
+    )
     reason: str = Field("", description="why this limit")
 
     @model_validator(mode="after")
@@ -91,6 +98,12 @@ class EvidenceRule(Section):
         if (self.metric == "inverted_p") != (self.at_least is not None) or self.limits != 1:
             raise ValueError(
                 f"{self.metric} takes {'at_least' if self.metric == 'inverted_p' else 'at_most'}"
+            )
+        if self.found_above is not None and (
+            self.mode not in ("replay", "warm") or self.reading not in ("lift", "contrast")
+        ):
+            raise ValueError(
+                f"{self.metric} has no found_above: the lift and contrast of replay and warm have"
             )
         if self.mode is None:
             if self.probes != "all":
@@ -194,6 +207,10 @@ class EvidenceSpec(Section):
                 )
             if rule.reading == "excess" and not self.references:
                 raise ValueError(f"{rule.metric} is read against clean models: give references")
+            if rule.found_above is not None and self.replayed > self.scored:
+                raise ValueError(
+                    "found_above is read of scored triggers: let no more be replayed than scored"
+                )
             least = 1 / (len(self.references) + 1)
             if rule.at_least is not None and rule.at_least <= least:
                 raise ValueError(

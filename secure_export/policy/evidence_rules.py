@@ -34,6 +34,12 @@ def _finding(
         text = f"{rule.metric}: nothing was purified, so the search on this file stands for itself"
         return Finding(rule.metric, setting.name, None, None, rule.limit, 0, True, text)
     readings = list(_searched(rule, spec, setting, report) if rule.mode else _rounded(rule, setting, report))
+    if rule.found_above is not None and not readings:
+        text = (
+            f"{rule.metric}: no trigger did more than {rule.found_above:g} on an original file, "
+            "so the search on this file stands for itself"
+        )
+        return Finding(rule.metric, setting.name, None, None, rule.limit, 0, True, text)
     alpha = (1 - policy.confidence) / max(1, len(readings))
     decided = [_decided(reading, rule, alpha) for reading in readings]
     worst = max(decided, key=lambda reading: severity(reading, rule))
@@ -97,10 +103,32 @@ def _searched(rule: EvidenceRule, spec: EvidenceSpec, setting: Setting, report: 
                 where = f"probe {kind}, class {search.excess_class}"
                 yield Reading(where, compared, search.references, why=why)
             continue
+        if rule.found_above is not None:
+            stood_out = _stood_out(rule, rule.found_above, kind, report)
+            yield from _untried(stood_out, search)
+            scored = [one for one in scored if (one[0].origin, one[0].target_class) in stood_out]
         for found, value in scored:
             where = f"probe {kind}, class {found.target_class}"
             where += f", from {found.origin}" if found.origin else ""
             yield Reading(where, value, value.total, why=why)
+
+
+def _stood_out(rule: EvidenceRule, least: float, kind: str, report: Report) -> set[tuple[str, int]]:
+    """(setting, class) of what did more than `least` on an original file."""
+    return {
+        (search.setting, found.target_class)
+        for search in report.evidence.searches
+        if (search.lane, search.probe, search.mode) == ("original", kind, "cold")
+        for found in search.found
+        if isinstance(value := _value(rule, found), Paired) and value.difference > least
+    }
+
+
+def _untried(stood_out: set[tuple[str, int]], search: Search) -> Iterator[Reading]:
+    """Classes that stood out, of which no trigger is among those that were tried again."""
+    for named in sorted({c for _, c in stood_out} - {found.target_class for found in search.found}):
+        why = "stood out on an original file and was not tried again: raise evidence.replayed"
+        yield Reading(f"probe {search.probe}, class {named}", None, 0, why=why)
 
 
 def _value(rule: EvidenceRule, found: FoundTrigger) -> Count | Paired | None:
