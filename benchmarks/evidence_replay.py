@@ -120,9 +120,9 @@ def numbers(found: FoundTrigger) -> dict[str, list[int]]:
     return {name: [one.gained, one.lost, one.total] for name, one in counted.items() if one is not None}
 
 
-def did_more(trigger: Mapping[str, Any], reading: str, least: float | None) -> bool:
+def stood_out(trigger: Mapping[str, Any], least: float | None) -> bool:
     """Whether a rule's found_above lets it read this trigger, as it does where the original's is not told."""
-    original = trigger.get("original", {}).get(reading)
+    original = trigger.get("original", {}).get("contrast") or trigger.get("original", {}).get("lift")
     return least is None or original is None or Paired(*original).difference > least
 
 
@@ -142,10 +142,7 @@ def said(settings: Mapping[str, Any], policy: Policy) -> str:
             else:
                 found = [t.get("found") or () for t in tried]
                 counted = [
-                    t.get(rule.reading)
-                    for some in found
-                    for t in some
-                    if did_more(t, rule.reading, rule.found_above)
+                    t.get(rule.reading) for some in found for t in some if stood_out(t, rule.found_above)
                 ]
                 readings = [Reading("", Paired(*value), value[2]) for value in counted if value]
                 outcomes += [None] * (counted.count(None) + sum(not some for some in found))
@@ -175,13 +172,12 @@ def largest(one: Mapping[str, Any], mode: str, probes: Sequence[str]) -> str:
     return f"`{probe}` {lift:.2f} → {into}"
 
 
-def contrasts_of(one: Mapping[str, Any], mode: str, probes: Sequence[str], planted: int) -> tuple[str, str]:
+def lifts_of(one: Mapping[str, Any], mode: str, probes: Sequence[str], planted: int) -> tuple[str, str]:
     """`patch` 0.45, `wave` 0.57: into the planted class by probe; and the largest into any other."""
     found = [
-        (Paired(*trigger["contrast"]).difference, trigger["class"], probe.removeprefix("contrast-"))
+        (Paired(*trigger["lift"]).difference, trigger["class"], probe.removeprefix("contrast-"))
         for probe in probes
         for trigger in one["tried"].get(f"{mode} {probe}", {}).get("found", ())
-        if "contrast" in trigger
     ]
     into = [f"`{probe}` {value:.2f}" for value, named, probe in found if named == planted]
     value, named, probe = max((one for one in found if one[1] != planted), default=(0.0, -1, ""))
@@ -227,7 +223,7 @@ def table(stored: Mapping[str, Any], policy: Policy, name: str) -> list[str]:
                     continue
                 if contrasts:
                     planted = entry["target_class"]
-                    cells = [cell for mode in modes for cell in contrasts_of(one, mode, contrasts, planted)]
+                    cells = [cell for mode in modes for cell in lifts_of(one, mode, contrasts, planted)]
                 else:
                     cells = [largest(one, mode, asked(policy, mode)) for mode in modes]
                     cells += [furthest(one, mode) for mode in modes]

@@ -89,7 +89,7 @@ def test_a_repair_goes_as_far_as_leaves_the_asr(left: float) -> None:
     assert abs(float(after.float().mean()) - left) < 0.05
 
 
-def test_contrasts_into_the_planted_class_stand_apart_from_the_others() -> None:
+def test_what_reaches_the_planted_class_stands_apart_from_the_others() -> None:
     policy = make_policy(
         evidence={
             "preset": None,
@@ -102,7 +102,7 @@ def test_contrasts_into_the_planted_class_stand_apart_from_the_others() -> None:
     )
 
     def found(named: int, contrast: list[int]) -> dict[str, Any]:
-        return {"class": named, "lift": [900, 0, 1000], "contrast": contrast}
+        return {"class": named, "lift": contrast, "contrast": contrast}
 
     tried = {
         "replay contrast-patch": {"found": [found(1, [250, 50, 1000]), found(9, [310, 0, 1000])]},
@@ -116,3 +116,28 @@ def test_contrasts_into_the_planted_class_stand_apart_from_the_others() -> None:
     assert "refused" in evidence_replay.table(stored, policy, "some.yaml")[2]
     del tried["replay contrast-l2"]["found"][0]["contrast"]
     assert "undecided" in evidence_replay.table(stored, policy, "some.yaml")[2]
+
+
+@pytest.mark.parametrize(
+    ("original", "outcome"),
+    [
+        ({"lift": [900, 0, 1000], "contrast": [300, 0, 1000]}, "undecided"),  # nothing that stood out
+        ({"lift": [900, 0, 1000], "contrast": [600, 0, 1000]}, "refused"),
+        ({"lift": [900, 0, 1000]}, "refused"),  # a probe without contrast
+        (None, "refused"),  # stored before the original's was
+    ],
+)
+def test_what_did_not_stand_out_on_the_original_is_not_read(
+    original: dict[str, Any] | None, outcome: str
+) -> None:
+    rule = {"metric": "replay_lift", "at_most": 0.2, "found_above": 0.5}
+    policy = make_policy(
+        evidence={
+            "preset": None,
+            "probes": [{"kind": "patch"}],
+            "rules": [{"metric": "inverted_lift", "at_most": 0.4}, rule],
+        }
+    )
+    trigger = {"class": 1, "lift": [400, 0, 1000]} | ({} if original is None else {"original": original})
+    one = {"tried": {"replay patch": {"found": [trigger]}}}
+    assert evidence_replay.said({"fp32": one}, policy) == outcome

@@ -88,8 +88,8 @@ class EvidenceRule(Section):
         None,
         gt=0,
         lt=1,
-        description="of replay and warm search, read those triggers alone that did more than this on the "
-        "original file: the others were no evidence there",
+        description="of replay and warm search, read those triggers alone whose contrast (or lift, where "
+        "their probe makes none) was above this on the original file: the others were no evidence there",
     )
     reason: str = Field("", description="why this limit")
 

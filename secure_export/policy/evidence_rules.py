@@ -104,7 +104,7 @@ def _searched(rule: EvidenceRule, spec: EvidenceSpec, setting: Setting, report: 
                 yield Reading(where, compared, search.references, why=why)
             continue
         if rule.found_above is not None:
-            stood_out = _stood_out(rule, rule.found_above, kind, report)
+            stood_out = _stood_out(rule.found_above, kind, report)
             yield from _untried(stood_out, search)
             scored = [one for one in scored if (one[0].origin, one[0].target_class) in stood_out]
         for found, value in scored:
@@ -113,14 +113,14 @@ def _searched(rule: EvidenceRule, spec: EvidenceSpec, setting: Setting, report: 
             yield Reading(where, value, value.total, why=why)
 
 
-def _stood_out(rule: EvidenceRule, least: float, kind: str, report: Report) -> set[tuple[str, int]]:
-    """(setting, class) of what did more than `least` on an original file."""
+def _stood_out(least: float, kind: str, report: Report) -> set[tuple[str, int]]:
+    """(setting, class) of finds on original files with more than `least` of what their search was after."""
     return {
         (search.setting, found.target_class)
         for search in report.evidence.searches
         if (search.lane, search.probe, search.mode) == ("original", kind, "cold")
         for found in search.found
-        if isinstance(value := _value(rule, found), Paired) and value.difference > least
+        if (after := found.contrast or found.lift) is not None and after.difference > least
     }
 
 
