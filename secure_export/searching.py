@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -12,17 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from secure_export.perturbations import Perturbation
+from secure_export.counting import MOST_ROWS, contrasted, counted, judged_on
 from secure_export.probes import Free, Logits, Probe
-from secure_export.records.measured import Count, Paired
+from secure_export.records.measured import Paired
 from secure_export.records.memory import Progress, Split, silent
 
-MOST_ROWS = 512
-"""Perturbed samples in one batch; more classes than fit are searched one group after another."""
 SUREST = 0.999
 """Bound on the posterior of a model that a search works against: the logarithm stays finite."""
-JUDGED = 100
-"""Fit samples that say how well a trigger does before anything touches the holdout."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +55,7 @@ def search(
     `probe.steps` or when `seconds` have passed; which of the two is in the result.
     """
     generator = torch.Generator().manual_seed(seed)
+    # More classes than fit into a batch are searched one group after another.
     group = max(1, MOST_ROWS // (probe.images * probe.starts))
     deadline = None if seconds is None else time.monotonic() + seconds
     parts: list[Searched] = []
@@ -278,51 +275,7 @@ def _losses(logits: Logits, asked: Split, probe: Probe, free: Free, targets: Ten
     return torch.stack(losses)
 
 
-def judged_on(fit: Split, generator: torch.Generator) -> Split:
-    """A few fit samples, drawn: the first ones may all be of one class."""
-    index = torch.randperm(len(fit), generator=generator)[:JUDGED]
-    return Split(fit.inputs[index], fit.labels[index], "")
-
-
 def _best(lift: Sequence[Paired], starts: int) -> list[int]:
     """Of each class's starts the one that carries most samples."""
     groups = range(0, len(lift), starts)
     return [max(range(first, first + starts), key=lambda i: lift[i].difference) for first in groups]
-
-
-@torch.no_grad()
-def counted(
-    logits: Logits, split: Split, found: Perturbation, targets: Sequence[int] | Tensor
-) -> list[tuple[Count, Paired]]:
-    """Per perturbation its ASR and its lift over the samples that are not of its class (DESIGN §5)."""
-    return [
-        (Count(int(hit.sum()), len(hit)), _paired(hit, before))
-        for hit, before in _reached(logits, split, found, targets)
-    ]
-
-
-@torch.no_grad()
-def contrasted(
-    logits: Logits, reference: Logits, split: Split, found: Perturbation, targets: Sequence[int] | Tensor
-) -> list[Paired]:
-    """Per perturbation: samples of other classes that it carries in a model and not in a reference, against
-    the reverse. Carried is what is of the class with it and not without."""
-    both = (_reached(one, split, found, targets) for one in (logits, reference))
-    return [_paired(*(hit & ~before for hit, before in each)) for each in zip(*both, strict=True)]
-
-
-def _reached(
-    logits: Logits, split: Split, found: Perturbation, targets: Sequence[int] | Tensor
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Per perturbation, of the samples of other classes: which are called its class with it, and without."""
-    inputs = split.floats()
-    clean = torch.cat([logits(part).argmax(1) for part in torch.split(inputs, MOST_ROWS)])
-    for number, target in enumerate(map(int, targets)):
-        others = split.labels != target
-        parts = torch.split(inputs[others], MOST_ROWS)
-        stamped = [logits(found.stamp(part, torch.full((len(part),), number))).argmax(1) for part in parts]
-        yield torch.cat(stamped) == target, clean[others] == target
-
-
-def _paired(here: Tensor, there: Tensor) -> Paired:
-    return Paired(int((here & ~there).sum()), int((there & ~here).sum()), len(here))

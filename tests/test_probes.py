@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from secure_export import registry
+from secure_export.counting import counted
 from secure_export.probes import Logits, Probe
 from secure_export.probes.filter import Filter
 from secure_export.probes.l2 import L2
@@ -14,7 +15,7 @@ from secure_export.probes.patch import Patch
 from secure_export.probes.warp import Warp
 from secure_export.probes.wave import Wave
 from secure_export.records.memory import Split
-from secure_export.searching import Searched, counted, queried, search
+from secure_export.searching import Searched, queried, search
 from tests import toys
 
 KINDS = registry.names("probes")

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from secure_export import twins, views
+from secure_export.counting import judged_on
 from secure_export.errors import CompressError, NoVerdict
 from secure_export.records.measured import Count, SettingResult
 from secure_export.records.memory import Predictor, Split
 from secure_export.runtimes import Options, runtime
 from secure_export.runtimes.safetensors import Safetensors
 from secure_export.runtimes.torch_eager import program
-from secure_export.searching import judged_on
 
 if TYPE_CHECKING:
     from secure_export.probes import Logits

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from secure_export import digests
+from secure_export.counting import contrasted, counted, judged_on
 from secure_export.errors import NoVerdict
 from secure_export.evidence.contrast import references_of
 from secure_export.evidence.files import Opened
@@ -22,7 +23,7 @@ from secure_export.probes import Free, Probe
 from secure_export.records.measured import Paired, SettingResult
 from secure_export.records.memory import Split
 from secure_export.records.searches import FoundTrigger, Search, SearchMode
-from secure_export.searching import Searched, contrasted, counted, judged_on, queried, search
+from secure_export.searching import Searched, queried, search
 
 if TYPE_CHECKING:
     from secure_export.lane import Bench

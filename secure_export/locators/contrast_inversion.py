@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from secure_export.counting import counted
 from secure_export.forgetting import References, forgotten, references
 from secure_export.locators._inversion import Inverts
 from secure_export.probes.l2 import L2
@@ -17,7 +18,7 @@ from secure_export.probes.patch import Patch
 from secure_export.probes.warp import Warp
 from secure_export.probes.wave import Wave
 from secure_export.records.memory import Progress, Split
-from secure_export.searching import counted, search
+from secure_export.searching import search
 
 if TYPE_CHECKING:
     from torch import Tensor
