@@ -120,10 +120,13 @@ def numbers(found: FoundTrigger) -> dict[str, list[int]]:
     return {name: [one.gained, one.lost, one.total] for name, one in counted.items() if one is not None}
 
 
-def stood_out(trigger: Mapping[str, Any], least: float | None) -> bool:
-    """Whether a rule's found_above lets it read this trigger, as it does where the original's is not told."""
-    original = trigger.get("original", {}).get("contrast") or trigger.get("original", {}).get("lift")
-    return least is None or original is None or Paired(*original).difference > least
+def evident(trigger: Mapping[str, Any], probe: str, spec: EvidenceSpec) -> bool:
+    """Whether a trigger broke a rule of the policy on the original file, or may have: it is not stored."""
+    original = trigger.get("original")
+    if original is None:
+        return True
+    counted = {reading: Paired(*counts).difference for reading, counts in original.items()}
+    return spec.broken(Setting(trigger["origin"], (), {"kind": "onnx"}, True), probe, counted)
 
 
 def said(settings: Mapping[str, Any], policy: Policy) -> str:
@@ -140,12 +143,15 @@ def said(settings: Mapping[str, Any], policy: Policy) -> str:
                 readings = [Reading("", t["excess"], 1) for t in tried if t.get("excess") is not None]
                 outcomes += [None] * (len(tried) - len(readings))
             else:
-                found = [t.get("found") or () for t in tried]
+                found = {probe: t.get("found") or () for probe, t in zip(probes, tried, strict=True)}
                 counted = [
-                    t.get(rule.reading) for some in found for t in some if stood_out(t, rule.found_above)
+                    t.get(rule.reading)
+                    for probe, some in found.items()
+                    for t in some
+                    if not rule.evident or evident(t, probe, spec)
                 ]
                 readings = [Reading("", Paired(*value), value[2]) for value in counted if value]
-                outcomes += [None] * (counted.count(None) + sum(not some for some in found))
+                outcomes += [None] * (counted.count(None) + sum(not some for some in found.values()))
             alpha = (1 - policy.confidence) / max(1, len(readings))
             outcomes += [decide(reading, rule, alpha).passed for reading in readings]
     return "refused" if False in outcomes else "passed" if outcomes and all(outcomes) else "undecided"

@@ -121,16 +121,16 @@ def test_what_reaches_the_planted_class_stands_apart_from_the_others() -> None:
 @pytest.mark.parametrize(
     ("original", "outcome"),
     [
-        ({"lift": [900, 0, 1000], "contrast": [300, 0, 1000]}, "undecided"),  # nothing that stood out
-        ({"lift": [900, 0, 1000], "contrast": [600, 0, 1000]}, "refused"),
-        ({"lift": [900, 0, 1000]}, "refused"),  # a probe without contrast
+        ({"lift": [300, 0, 1000]}, "undecided"),  # nothing left to read
+        ({"lift": [900, 0, 1000]}, "refused"),
+        ({"contrast": [900, 0, 1000]}, "undecided"),  # of which no rule speaks
         (None, "refused"),  # stored before the original's was
     ],
 )
-def test_what_did_not_stand_out_on_the_original_is_not_read(
+def test_what_broke_no_rule_on_the_original_is_not_read(
     original: dict[str, Any] | None, outcome: str
 ) -> None:
-    rule = {"metric": "replay_lift", "at_most": 0.2, "found_above": 0.5}
+    rule = {"metric": "replay_lift", "at_most": 0.2, "evident": True}
     policy = make_policy(
         evidence={
             "preset": None,
@@ -138,6 +138,8 @@ def test_what_did_not_stand_out_on_the_original_is_not_read(
             "rules": [{"metric": "inverted_lift", "at_most": 0.4}, rule],
         }
     )
-    trigger = {"class": 1, "lift": [400, 0, 1000]} | ({} if original is None else {"original": original})
+    trigger = {"class": 1, "origin": "fp32", "lift": [400, 0, 1000]} | (
+        {} if original is None else {"original": original}
+    )
     one = {"tried": {"replay patch": {"found": [trigger]}}}
     assert evidence_replay.said({"fp32": one}, policy) == outcome

@@ -153,17 +153,17 @@ def test_contrast_is_read_of_the_probes_that_make_one(metric: str, mode: str) ->
 @pytest.mark.parametrize(
     ("mode", "before", "after", "passed", "message"),
     [
-        ("replay", 900, 10, True, "no evidence found with patch"),
-        ("replay", 900, 400, False, "class 1, from fp32"),
-        ("warm", 900, 400, False, "class 1, from fp32"),
+        ("replay", 950, 10, True, "no evidence found with patch"),
+        ("replay", 950, 400, False, "class 1, from fp32"),
+        ("warm", 950, 400, False, "class 1, from fp32"),
         ("replay", 400, 400, True, "stands for itself"),  # natural, and no evidence on the original
         ("replay", 400, None, None, "no original file"),
     ],
 )
-def test_a_rule_may_read_only_what_stood_out_on_the_original(
+def test_a_rule_may_read_only_what_was_evident_on_the_original(
     mode: str, before: int, after: int | None, passed: bool | None, message: str
 ) -> None:
-    rule = {"metric": f"{mode}_lift", "at_most": 0.2, "settings": ["fp32"], "found_above": 0.5}
+    rule = {"metric": f"{mode}_lift", "at_most": 0.2, "settings": ["fp32"], "evident": True}
     tried = search(mode, after or 0)
     tried = replace(tried, found=(replace(tried.found[0], origin="fp32"),))
     if after is None:
@@ -173,10 +173,10 @@ def test_a_rule_may_read_only_what_stood_out_on_the_original(
     assert message in finding.message
 
 
-def test_a_trigger_that_stood_out_and_was_not_tried_again_leaves_the_rule_undecided() -> None:
-    rule = {"metric": "replay_lift", "at_most": 0.2, "settings": ["fp32"], "found_above": 0.5}
-    other = replace(search("cold", 900).found[0], target_class=2)
-    original = search("cold", 900, lane="original")
+def test_a_trigger_that_was_evident_and_was_not_tried_again_leaves_the_rule_undecided() -> None:
+    rule = {"metric": "replay_lift", "at_most": 0.2, "settings": ["fp32"], "evident": True}
+    other = replace(search("cold", 950).found[0], target_class=2)
+    original = search("cold", 950, lane="original")
     original = replace(original, found=(*original.found, other))
     tried = search("replay", 10)
     tried = replace(tried, found=(replace(tried.found[0], origin="fp32"),))
@@ -211,9 +211,9 @@ def test_no_rule_can_read_what_a_purifier_optimizes() -> None:
         ({"rules": [LIFT], "probes": [{"kind": "patch"}, {"kind": "patch"}]}, "named twice"),
         ({"rules": [LIFT, {"metric": "rounding_z", "at_most": 5}], "rounding": False}, "rounding is off"),
         ({"rules": [LIFT | {"at_least": 0.5}]}, "takes at_most"),
-        ({"rules": [LIFT | {"found_above": 0.5}]}, "has no found_above"),
+        ({"rules": [LIFT | {"evident": True}]}, "evident means nothing"),
         (
-            {"rules": [LIFT, REPLAY | {"found_above": 0.5}], "replayed": 4},
+            {"rules": [LIFT, REPLAY | {"evident": True}], "replayed": 4},
             "no more be replayed than scored",
         ),
         (

@@ -84,12 +84,10 @@ class EvidenceRule(Section):
     settings: Annotated[str | tuple[str, ...], selection(("all", "released"))] = Field(
         "all", description="all, released, or a list of names and globs"
     )
-    found_above: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="of replay and warm search, read those triggers alone whose contrast (or lift, where "
-        "their probe makes none) was above this on the original file: the others were no evidence there",
+    evident: bool = Field(
+        False,
+        description="of replay and warm search, read those triggers alone that broke an inverted_ rule on "
+        "the original file: the others are natural, and stay after any repair",
     )
     reason: str = Field("", description="why this limit")
 
@@ -99,12 +97,8 @@ class EvidenceRule(Section):
             raise ValueError(
                 f"{self.metric} takes {'at_least' if self.metric == 'inverted_p' else 'at_most'}"
             )
-        if self.found_above is not None and (
-            self.mode not in ("replay", "warm") or self.reading not in ("lift", "contrast")
-        ):
-            raise ValueError(
-                f"{self.metric} has no found_above: the lift and contrast of replay and warm have"
-            )
+        if self.evident and (self.mode not in ("replay", "warm") or self.reading == "excess"):
+            raise ValueError(f"{self.metric} is of no trigger that was found before: evident means nothing")
         if self.mode is None:
             if self.probes != "all":
                 raise ValueError(f"{self.metric} has no probes")
@@ -207,10 +201,8 @@ class EvidenceSpec(Section):
                 )
             if rule.reading == "excess" and not self.references:
                 raise ValueError(f"{rule.metric} is read against clean models: give references")
-            if rule.found_above is not None and self.replayed > self.scored:
-                raise ValueError(
-                    "found_above is read of scored triggers: let no more be replayed than scored"
-                )
+            if rule.evident and self.replayed > self.scored:
+                raise ValueError("evident is told of scored triggers: let no more be replayed than scored")
             least = 1 / (len(self.references) + 1)
             if rule.at_least is not None and rule.at_least <= least:
                 raise ValueError(
@@ -250,6 +242,17 @@ class EvidenceSpec(Section):
         else:
             names = self.contrasting if rule.reading == "contrast" else self.names
         return tuple(name for name in names if rule.mode != "warm" or name in self.warmed)
+
+    def broken(self, setting: Bound, probe: str, counted: Mapping[str, float]) -> bool:
+        """Whether what a cold search found breaks a rule; `counted` holds it by what rules read."""
+        return any(
+            rule.mode == "cold"
+            and rule.reading in counted
+            and probe in self.read_by(rule)
+            and rule.binds(setting)
+            and counted[rule.reading] > rule.limit
+            for rule in self.rules
+        )
 
     @property
     def compared_again(self) -> bool:

@@ -33,10 +33,12 @@ def _finding(
     if rule.mode in ("replay", "warm") and report.purification is None:
         text = f"{rule.metric}: nothing was purified, so the search on this file stands for itself"
         return Finding(rule.metric, setting.name, None, None, rule.limit, 0, True, text)
-    readings = list(_searched(rule, spec, setting, report) if rule.mode else _rounded(rule, setting, report))
-    if rule.found_above is not None and not readings:
+    readings = list(
+        _searched(rule, spec, setting, policy, report) if rule.mode else _rounded(rule, setting, report)
+    )
+    if rule.evident and not readings:
         text = (
-            f"{rule.metric}: no trigger did more than {rule.found_above:g} on an original file, "
+            f"{rule.metric}: nothing that was found on an original file broke a rule there, "
             "so the search on this file stands for itself"
         )
         return Finding(rule.metric, setting.name, None, None, rule.limit, 0, True, text)
@@ -77,7 +79,9 @@ def _purified(rule: EvidenceRule, kind: str, setting: Setting, report: Report) -
     ]
 
 
-def _searched(rule: EvidenceRule, spec: EvidenceSpec, setting: Setting, report: Report) -> Iterator[Reading]:
+def _searched(
+    rule: EvidenceRule, spec: EvidenceSpec, setting: Setting, policy: Policy, report: Report
+) -> Iterator[Reading]:
     kinds = spec.read_by(rule)
     if not kinds:
         yield Reading("", None, 0, why="no probe is searched this way")
@@ -103,31 +107,39 @@ def _searched(rule: EvidenceRule, spec: EvidenceSpec, setting: Setting, report: 
                 where = f"probe {kind}, class {search.excess_class}"
                 yield Reading(where, compared, search.references, why=why)
             continue
-        if rule.found_above is not None:
-            stood_out = _stood_out(rule.found_above, kind, report)
-            yield from _untried(stood_out, search)
-            scored = [one for one in scored if (one[0].origin, one[0].target_class) in stood_out]
+        if rule.evident:
+            evident = _evident(kind, spec, policy, report)
+            yield from _untried(evident, search)
+            scored = [one for one in scored if (one[0].origin, one[0].target_class) in evident]
         for found, value in scored:
             where = f"probe {kind}, class {found.target_class}"
             where += f", from {found.origin}" if found.origin else ""
             yield Reading(where, value, value.total, why=why)
 
 
-def _stood_out(least: float, kind: str, report: Report) -> set[tuple[str, int]]:
-    """(setting, class) of finds on original files with more than `least` of what their search was after."""
+def _evident(kind: str, spec: EvidenceSpec, policy: Policy, report: Report) -> set[tuple[str, int]]:
+    """(setting, class) of what a probe found on original files that breaks a rule there."""
+    settings = {setting.name: setting for setting in policy.expanded_settings()}
     return {
         (search.setting, found.target_class)
         for search in report.evidence.searches
         if (search.lane, search.probe, search.mode) == ("original", kind, "cold")
         for found in search.found
-        if (after := found.contrast or found.lift) is not None and after.difference > least
+        if spec.broken(settings[search.setting], kind, _counted(found))
     }
 
 
-def _untried(stood_out: set[tuple[str, int]], search: Search) -> Iterator[Reading]:
-    """Classes that stood out, of which no trigger is among those that were tried again."""
-    for named in sorted({c for _, c in stood_out} - {found.target_class for found in search.found}):
-        why = "stood out on an original file and was not tried again: raise evidence.replayed"
+def _counted(found: FoundTrigger) -> dict[str, float]:
+    """What was counted on the holdout, by what rules read."""
+    counted = {"lift": found.lift, "contrast": found.contrast}
+    rates = {reading: one.difference for reading, one in counted.items() if one is not None}
+    return rates if found.asr is None else rates | {"asr": found.asr.rate}
+
+
+def _untried(evident: set[tuple[str, int]], search: Search) -> Iterator[Reading]:
+    """Classes that broke a rule, of which no trigger is among those that were tried again."""
+    for named in sorted({c for _, c in evident} - {found.target_class for found in search.found}):
+        why = "broke a rule on an original file and was not tried again: raise evidence.replayed"
         yield Reading(f"probe {search.probe}, class {named}", None, 0, why=why)
 
 
