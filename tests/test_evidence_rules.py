@@ -168,7 +168,8 @@ def test_a_rule_may_read_only_what_was_evident_on_the_original(
     tried = replace(tried, found=(replace(tried.found[0], origin="fp32"),))
     if after is None:
         tried = replace(tried, found=(), unsearched="no original file could be searched")
-    (finding,) = findings(rule, search("cold", before, lane="original"), tried)
+    elsewhere = search("cold", 950, "int3", lane="original")  # a setting of another policy
+    (finding,) = findings(rule, search("cold", before, lane="original"), elsewhere, tried)
     assert finding.passed is passed
     assert message in finding.message
 

@@ -124,6 +124,7 @@ def _evident(kind: str, spec: EvidenceSpec, policy: Policy, report: Report) -> s
         (search.setting, found.target_class)
         for search in report.evidence.searches
         if (search.lane, search.probe, search.mode) == ("original", kind, "cold")
+        and search.setting in settings
         for found in search.found
         if spec.broken(settings[search.setting], kind, _counted(found))
     }
