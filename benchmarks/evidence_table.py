@@ -56,6 +56,11 @@ class File:
             return "clean"
         return "awake" if self.lift >= AWAKE else "asleep" if self.lift <= ASLEEP else "half"
 
+    @property
+    def asked(self) -> bool:
+        """Whether any search was made: a file that none could be is no silent one."""
+        return not self.unsearched or bool(self.found.keys() - {"rounding z"})
+
 
 def files(results: Iterable[Mapping[str, Any]], known: Mapping[str, Any]) -> list[File]:
     """Every measured (model, setting) of the stored results."""
@@ -244,7 +249,7 @@ def summary(found: Sequence[File]) -> Iterable[str]:
     """Detection, classes, false alarms, and each probe's AUC, of held-out files alone."""
     held = [one for one in found if one.held_out]
     awake = [one for one in held if one.state == "awake"]
-    clean = [one for one in held if one.state == "clean"]
+    clean = [one for one in held if one.state == "clean" and one.asked]
     caught = [one for one in awake if one.flags]
     yield rate("awake files flagged", len(caught), len(awake))
     missed = [f"{one.model} {one.setting}" for one in awake if not one.flags]

@@ -55,7 +55,7 @@ def test_rates_count_held_out_files_alone_and_leave_half_awake_ones_out() -> Non
             "zoo/b": model("badnets", fp32=row(0.9, 0.8, named=7)),
             "zoo/two": model("two-targets", fp32=row(0.9, 0.8, named=7)),
             "zoo/qcb": model("qcb", fp32=row(0.01, 0.0), int8=row(0.9, None, z=50.0)),
-            "zoo/clean": model("none", fp32=row(0.0, 0.1), int8=row(0.0, 0.9)),
+            "zoo/clean": model("none", fp32=row(0.0, 0.1), int8=row(0.0, 0.9), int4=row(0.0, None, z=0.1)),
         }
     )
     lines = list(evidence_table.summary(files))
