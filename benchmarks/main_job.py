@@ -21,6 +21,8 @@ import click
 
 from benchmarks.datasets import ARCHIVE, MEAN, STD
 from secure_export import digests
+from secure_export.records.searches import Search
+from secure_export.report._evidence import best_of
 from secure_export.report.schema import load_report
 
 RESULTS = Path(__file__).parent / "results"
@@ -44,9 +46,10 @@ def main(models: tuple[str, ...], policy: Path, zoo: Path, data: Path, holdout: 
     RESULTS.mkdir(exist_ok=True)
     for name in models:
         card = json.loads((zoo / f"{name}.json").read_text())
-        common = ("--holdout", str(holdout))
-        off = call(policy, zoo / f"{name}.safetensors", images, out / name, *common, "--no-purify")
-        on = call(policy, zoo / f"{name}.safetensors", images, out / name, *common)
+        model = ("--model", str(zoo / f"{name}.safetensors"), "--arch", card["architecture"])
+        common = (*model, "--holdout", str(holdout))
+        off = call(policy, images, out / name, *common, "--no-purify")
+        on = call(policy, images, out / name, *common)
         result = {
             "model": name,
             "card": card,
@@ -71,10 +74,9 @@ def unpacked(archive: Path, folder: Path) -> Path:
     return folder
 
 
-def call(policy: Path, model: Path, images: Path, run_dir: Path, *flags: str) -> dict[str, Any]:
+def call(policy: Path, images: Path, run_dir: Path, *flags: str) -> dict[str, Any]:
     """One `secure-export run` as a user types it, and what its report says."""
-    arguments = ["run", "--policy", str(policy), "--model", str(model)]
-    arguments += ["--arch", "benchmarks.networks:resnet18_w16", "--data", str(images / "train")]
+    arguments = ["run", "--policy", str(policy), "--data", str(images / "train")]
     arguments += ["--holdout-data", str(images / "test"), "--out", str(run_dir)]
     arguments += ["--mean", ",".join(map(str, MEAN)), "--std", ",".join(map(str, STD)), *flags]
     began = time.monotonic()
@@ -123,10 +125,24 @@ def summary(path: Path) -> dict[str, Any]:
         "purified_classes": report.purification.target_classes if report.purification else [],
         "purify_seconds": report.purification.seconds if report.purification else 0,
         "settings": settings,
+        "searches": [searched(one) for one in report.evidence.searches],
         "splits": {name: [split.samples, split.sha256] for name, split in report.splits.items()},
         "environment": dict(report.environment),
         "timings": dict(report.timings),
     }
+
+
+def searched(one: Search) -> str:
+    """`purified fp32, warm contrast-patch: lift 0.03 into 1, contrast 0.02 (40 s)`."""
+    best = best_of(one)
+    lift = (
+        f"lift {best.lift.difference:.2f} into {best.target_class}"
+        if best and best.lift
+        else "nothing scored"
+    )
+    contrast = f", contrast {best.contrast.difference:.2f}" if best and best.contrast else ""
+    found = one.unsearched or f"{lift}{contrast}"
+    return f"{one.lane} {one.setting}, {one.mode} {one.probe}: {found} ({one.seconds:.0f} s)"
 
 
 if __name__ == "__main__":
