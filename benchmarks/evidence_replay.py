@@ -130,9 +130,13 @@ def evident(trigger: Mapping[str, Any], probe: str, spec: EvidenceSpec) -> bool:
 
 
 def said(settings: Mapping[str, Any], policy: Policy) -> str:
-    """What the policy's rules on replay and warm search make of a repair: refused, undecided or passed."""
+    """What the policy's rules on replay and warm search make of a repair: refused, undecided or passed.
+
+    Or that there was nothing to try, for nothing that was found on the original broke a rule.
+    """
     spec = policy.evidence
     outcomes: list[bool | None] = []
+    natural = 0
     for rule in spec.rules if spec else ():
         if spec is None or rule.mode not in ("replay", "warm"):
             continue
@@ -144,16 +148,16 @@ def said(settings: Mapping[str, Any], policy: Policy) -> str:
                 outcomes += [None] * (len(tried) - len(readings))
             else:
                 found = {probe: t.get("found") or () for probe, t in zip(probes, tried, strict=True)}
-                counted = [
-                    t.get(rule.reading)
-                    for probe, some in found.items()
-                    for t in some
-                    if not rule.evident or evident(t, probe, spec)
-                ]
+                triggers = [(t, probe) for probe, some in found.items() for t in some]
+                read = [t for t, probe in triggers if not rule.evident or evident(t, probe, spec)]
+                natural += len(triggers) - len(read)
+                counted = [t.get(rule.reading) for t in read]
                 readings = [Reading("", Paired(*value), value[2]) for value in counted if value]
                 outcomes += [None] * (counted.count(None) + sum(not some for some in found.values()))
             alpha = (1 - policy.confidence) / max(1, len(readings))
             outcomes += [decide(reading, rule, alpha).passed for reading in readings]
+    if natural and not outcomes:
+        return "nothing to try"
     return "refused" if False in outcomes else "passed" if outcomes and all(outcomes) else "undecided"
 
 

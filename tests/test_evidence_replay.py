@@ -121,9 +121,9 @@ def test_what_reaches_the_planted_class_stands_apart_from_the_others() -> None:
 @pytest.mark.parametrize(
     ("original", "outcome"),
     [
-        ({"lift": [300, 0, 1000]}, "undecided"),  # nothing left to read
+        ({"lift": [300, 0, 1000]}, "nothing to try"),
         ({"lift": [900, 0, 1000]}, "refused"),
-        ({"contrast": [900, 0, 1000]}, "undecided"),  # of which no rule speaks
+        ({"contrast": [900, 0, 1000]}, "nothing to try"),  # of which no rule speaks
         (None, "refused"),  # stored before the original's was
     ],
 )
