@@ -182,16 +182,34 @@ def largest(one: Mapping[str, Any], mode: str, probes: Sequence[str]) -> str:
     return f"`{probe}` {lift:.2f} → {into}"
 
 
-def lifts_of(one: Mapping[str, Any], mode: str, probes: Sequence[str], planted: int) -> tuple[str, str]:
-    """`patch` 0.45, `wave` 0.57: into the planted class by probe; and the largest into any other."""
-    found = [
-        (Paired(*trigger["lift"]).difference, trigger["class"], probe.removeprefix("contrast-"))
-        for probe in probes
-        for trigger in one["tried"].get(f"{mode} {probe}", {}).get("found", ())
+def evident_ones(one: Mapping[str, Any], mode: str, spec: EvidenceSpec) -> list[tuple[str, Any]]:
+    """(probe, trigger) of what broke a rule on the original and was tried again in this mode."""
+    read = dict.fromkeys(
+        probe for rule in spec.rules if rule.evident and rule.mode == mode for probe in spec.read_by(rule)
+    )
+    tried = [(probe, one["tried"].get(f"{mode} {probe}", {}).get("found", ())) for probe in read]
+    return [
+        (probe.removeprefix("contrast-"), trigger)
+        for probe, found in tried
+        for trigger in found
+        if evident(trigger, probe, spec)
     ]
-    into = [f"`{probe}` {value:.2f}" for value, named, probe in found if named == planted]
-    value, named, probe = max((one for one in found if one[1] != planted), default=(0.0, -1, ""))
-    return ", ".join(into) or "–", f"`{probe}` {value:.2f} → {named}" if probe else "–"
+
+
+def evident_cells(one: Mapping[str, Any], spec: EvidenceSpec) -> list[str]:
+    """What was evident on the original, what it does when it is replayed, and after a search from there."""
+    replayed = evident_ones(one, "replay", spec)
+
+    def original(trigger: Mapping[str, Any]) -> float:
+        before = trigger["original"]
+        return Paired(*before.get("contrast", before["lift"])).difference
+
+    before = [f"`{probe}` {original(t):.2f} → {t['class']}" for probe, t in replayed]
+    tried = [
+        [f"`{probe}` {Paired(*t['lift']).difference:.2f}" for probe, t in found]
+        for found in (replayed, evident_ones(one, "warm", spec))
+    ]
+    return [", ".join(cell) or "–" for cell in (before, *tried)]
 
 
 def about(model: str, entry: Mapping[str, Any], setting: str, one: Mapping[str, Any]) -> str:
@@ -217,13 +235,14 @@ def furthest(one: Mapping[str, Any], mode: str) -> str:
 
 
 def table(stored: Mapping[str, Any], policy: Policy, name: str) -> list[str]:
-    """Markdown: a line a repair and setting; contrasts where the policy makes any, else lifts and excess."""
-    modes = ("replay", "warm")
-    contrasts = policy.evidence.contrasting if policy.evidence else ()
-    if contrasts:
-        heads = [f"{mode}, {whose}" for mode in modes for whose in ("planted class", "others")]
-    else:
-        heads = [*modes, *(f"{mode}, above clean" for mode in modes)]
+    """Markdown, a line a repair and setting: what the policy's rules read."""
+    modes, spec = ("replay", "warm"), policy.evidence
+    evident_alone = spec is not None and any(rule.evident for rule in spec.rules)
+    heads = (
+        ["evident on the original", *modes]
+        if evident_alone
+        else [*modes, *(f"{m}, above clean" for m in modes)]
+    )
     heads = ["model", "repair", "file", "accuracy", "true ASR", *heads, f"`{name}`"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for model, repairs in stored["models"].items():
@@ -231,9 +250,8 @@ def table(stored: Mapping[str, Any], policy: Policy, name: str) -> list[str]:
             for setting, one in entry["settings"].items():
                 if "unmeasured" in one:
                     continue
-                if contrasts:
-                    planted = entry["target_class"]
-                    cells = [cell for mode in modes for cell in lifts_of(one, mode, contrasts, planted)]
+                if spec is not None and evident_alone:
+                    cells = evident_cells(one, spec)
                 else:
                     cells = [largest(one, mode, asked(policy, mode)) for mode in modes]
                     cells += [furthest(one, mode) for mode in modes]

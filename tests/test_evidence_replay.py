@@ -89,32 +89,33 @@ def test_a_repair_goes_as_far_as_leaves_the_asr(left: float) -> None:
     assert abs(float(after.float().mean()) - left) < 0.05
 
 
-def test_what_reaches_the_planted_class_stands_apart_from_the_others() -> None:
+def test_the_table_shows_what_was_evident_and_what_is_left_of_it() -> None:
     policy = make_policy(
         evidence={
             "preset": None,
             "probes": [{"kind": "patch", "contrast": True}, {"kind": "l2", "contrast": True}],
             "rules": [
                 {"metric": "inverted_contrast", "at_most": 0.5},
-                {"metric": "replay_contrast", "at_most": 0.4},
+                {"metric": "replay_lift", "at_most": 0.4, "evident": True},
             ],
         }
     )
 
-    def found(named: int, contrast: list[int]) -> dict[str, Any]:
-        return {"class": named, "lift": contrast, "contrast": contrast}
+    def found(named: int, contrast: int, lift: int) -> dict[str, Any]:
+        original = {"lift": [900, 0, 1000], "contrast": [contrast, 0, 1000]}
+        return {"class": named, "origin": "fp32", "lift": [lift, 0, 1000], "original": original}
 
     tried = {
-        "replay contrast-patch": {"found": [found(1, [250, 50, 1000]), found(9, [310, 0, 1000])]},
-        "replay contrast-l2": {"found": [found(4, [100, 0, 1000])]},
+        "replay contrast-patch": {"found": [found(1, 700, 100), found(9, 300, 600)]},
+        "replay contrast-l2": {"found": [found(4, 600, 200)]},
     }
     one = {"acc": [85, 100], "true_asr": [9, 90], "tried": tried}
-    stored = {"models": {"bad": [{"repair": {"share": 0.5}, "target_class": 1, "settings": {"fp32": one}}]}}
+    stored = {"models": {"bad": [{"repair": {"share": 0.5}, "settings": {"fp32": one}}]}}
     line = evidence_replay.table(stored, policy, "some.yaml")[2]
-    assert "| `patch` 0.20 | `patch` 0.31 → 9 | – | – | passed |" in line
-    tried["replay contrast-l2"]["found"][0]["contrast"] = [600, 0, 1000]
+    assert line.endswith("| `patch` 0.70 → 1, `l2` 0.60 → 4 | `patch` 0.10, `l2` 0.20 | – | passed |")
+    tried["replay contrast-l2"]["found"][0]["lift"] = [600, 0, 1000]
     assert "refused" in evidence_replay.table(stored, policy, "some.yaml")[2]
-    del tried["replay contrast-l2"]["found"][0]["contrast"]
+    del tried["replay contrast-l2"]
     assert "undecided" in evidence_replay.table(stored, policy, "some.yaml")[2]
 
 
