@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import evidence_replay
+from benchmarks import evidence_replay, evidence_replay_table
 from secure_export import registry
 from secure_export.records.memory import Split
 from secure_export.triggers import Trigger
@@ -58,7 +58,7 @@ def stored(replay: list[list[int]], warm: list[list[int]], l2: int | None = 10) 
 )
 def test_the_worst_setting_speaks_and_nothing_tried_is_no_pass(settings: list[Any], outcome: str) -> None:
     named = {f"setting-{number}": one for number, one in enumerate(settings)}
-    assert evidence_replay.said(named, POLICY) == outcome
+    assert evidence_replay_table.said(named, POLICY) == outcome
 
 
 def above(excess: float | None) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def above(excess: float | None) -> dict[str, Any]:
 def test_excess_over_clean_references_is_judged_too(excess: float | None, outcome: str) -> None:
     rules = [{"metric": "inverted_lift", "at_most": 0.4}, {"metric": "warm_excess", "at_most": 0.15}]
     section = {"preset": None, "probes": [{"kind": "patch"}], "references": ["a.safetensors"], "rules": rules}
-    assert evidence_replay.said({"fp32": above(excess)}, make_policy(evidence=section)) == outcome
+    assert evidence_replay_table.said({"fp32": above(excess)}, make_policy(evidence=section)) == outcome
 
 
 @pytest.mark.parametrize("left", [0.1, 0.3])
@@ -111,12 +111,12 @@ def test_the_table_shows_what_was_evident_and_what_is_left_of_it() -> None:
     }
     one = {"acc": [85, 100], "true_asr": [9, 90], "tried": tried}
     stored = {"models": {"bad": [{"repair": {"share": 0.5}, "settings": {"fp32": one}}]}}
-    line = evidence_replay.table(stored, policy, "some.yaml")[2]
+    line = evidence_replay_table.table(stored, policy, "some.yaml")[2]
     assert line.endswith("| `patch` 0.70 → 1, `l2` 0.60 → 4 | `patch` 0.10, `l2` 0.20 | – | passed |")
     tried["replay contrast-l2"]["found"][0]["lift"] = [600, 0, 1000]
-    assert "refused" in evidence_replay.table(stored, policy, "some.yaml")[2]
+    assert "refused" in evidence_replay_table.table(stored, policy, "some.yaml")[2]
     del tried["replay contrast-l2"]
-    assert "undecided" in evidence_replay.table(stored, policy, "some.yaml")[2]
+    assert "undecided" in evidence_replay_table.table(stored, policy, "some.yaml")[2]
 
 
 @pytest.mark.parametrize(
@@ -143,4 +143,4 @@ def test_what_broke_no_rule_on_the_original_is_not_read(
         {} if original is None else {"original": original}
     )
     one = {"tried": {"replay patch": {"found": [trigger]}}}
-    assert evidence_replay.said({"fp32": one}, policy) == outcome
+    assert evidence_replay_table.said({"fp32": one}, policy) == outcome
