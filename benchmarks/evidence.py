@@ -171,6 +171,7 @@ def summary(found: Any) -> str:
 @click.option("--out", default="benchmarks/results/evidence-zoo.json", type=click.Path(path_type=Path))
 @click.option("--settings", default="fp32,int8", show_default=True)
 @click.option("--preset", default="fast", show_default=True)
+@click.option("--noise", type=float, help="of references made on the spot, if not the default")
 @click.option("--samples", default=500, show_default=True, help="holdout samples that score a trigger")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
 @click.option("--search/--no-search", default=True, help="truth and rounding alone take seconds")
@@ -182,13 +183,15 @@ def main(
     out: Path,
     settings: str,
     preset: str,
+    noise: float | None,
     samples: int,
     threads: int,
     search: bool,
 ) -> None:
     """Search every model under every setting and add the rows to the results."""
     torch.set_num_threads(threads)
-    spec = EvidenceSpec.model_validate({"preset": preset, "samples": samples, "rules": tuple(LIMITS)})
+    section = {"preset": preset, "samples": samples, "rules": tuple(LIMITS)}
+    spec = EvidenceSpec.model_validate(section | ({"forget": {"noise": noise}} if noise else {}))
     data = sources.named(dataset, cache, None)
     found = json.loads(out.read_text()) if out.is_file() else {"models": {}}
     for path in models:
@@ -202,7 +205,13 @@ def main(
             searched = known["rows"].get(name, {}).get("probes") or {}
             known["rows"][name] = made | {"probes": made.get("probes") or searched}
         known["seconds"] = round(time.perf_counter() - started, 1)
-        found |= {"preset": preset, "samples": samples, "seed": 0, "versions": dict(versions())}
+        found |= {
+            "preset": preset,
+            "forget": spec.forget.model_dump(),
+            "samples": samples,
+            "seed": 0,
+            "versions": dict(versions()),
+        }
         out.write_text(json.dumps(found, indent=1) + "\n")
 
 

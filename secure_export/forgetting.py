@@ -24,9 +24,10 @@ Weights = Mapping[str, Tensor]
 TEMPERATURE = 2.0
 WARMUP = 20
 LARGEST_GRADIENT = 5.0
-LEAST_RELEARNED = 0.7
+LEAST_RELEARNED = 0.92
 """Of the samples of fit that the model has right: a reference with less did not learn the task again, and
-everything would tell it from the model."""
+much that is natural would tell it from the model. Networks that compare well keep .94 to 1; those of an
+eighth of the usual width .86 to .91, and there clean ones raised false alarms (docs/evidence.md)."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,16 @@ def forgotten(
 
 
 @torch.no_grad()
-def references(twin: Callable[[Tensor], Tensor], pair: tuple[Weights, Weights], fit: Split) -> References:
+def references(
+    twin: Callable[[Tensor], Tensor],
+    pair: tuple[Weights, Weights],
+    fit: Split,
+    least: float = LEAST_RELEARNED,
+) -> References:
     """The twin with either weights of a pair that forgot, once they have proved to know the task again.
 
     Raises:
-        CompressError: one of them has less than LEAST_RELEARNED of what the twin has right on fit.
+        CompressError: one of them has less than `least` of what the twin has right on fit.
     """
     _, call = weighted(twin)
     avoided, judge = (partial(_reweighted, call, weights) for weights in pair)
@@ -114,7 +120,7 @@ def references(twin: Callable[[Tensor], Tensor], pair: tuple[Weights, Weights], 
     before, *after = (
         float((logits(inputs).argmax(1) == fit.labels).double().mean()) for logits in (twin, avoided, judge)
     )
-    if min(after) < LEAST_RELEARNED * before:
+    if min(after) < least * before:
         raise CompressError(
             f"a reference has {min(after):.0%} of fit right, the model {before:.0%}: too little to compare",
             hint="let it learn again for more steps, or give it less noise",

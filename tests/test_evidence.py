@@ -71,7 +71,7 @@ def test_backdoor_stands_out_from_the_same_file_that_forgot(
 ) -> None:
     contrasting = EVIDENCE | {
         "probes": [PATCH | {"contrast": True}],
-        "forget": {"noise": 2.0, "steps": 200},
+        "forget": {"noise": 2.0, "steps": 200, "relearned": 0.6},
         "rules": [{"metric": "inverted_contrast", "at_most": 0.5}],
     }
     report = run_toy(model(), settings=[FP32, INT8], release=["fp32"], evidence=contrasting)

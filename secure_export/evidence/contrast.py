@@ -35,7 +35,7 @@ def references_of(file: Opened, spec: ForgetSpec, bench: Bench) -> References:
         return bench.folder / f"forgotten-{made.sha256[:16]}.safetensors"
 
     def weights(seed: int) -> Weights:
-        determined_by = (file.sha256, spec.model_dump(), fit.sha256, seed)
+        determined_by = (file.sha256, spec.model_dump(include={"noise", "steps"}), fit.sha256, seed)
         known = ledger.find(Forgotten, *determined_by)
         if known is not None and path(known).is_file():
             stored: Weights = load_file(path(known))
@@ -46,4 +46,4 @@ def references_of(file: Opened, spec: ForgetSpec, bench: Bench) -> References:
         ledger.enter(known, *determined_by)
         return made
 
-    return references(twin, (weights(bench.seed), weights(bench.seed + 1)), fit)
+    return references(twin, (weights(bench.seed), weights(bench.seed + 1)), fit, spec.relearned)

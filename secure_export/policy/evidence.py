@@ -142,6 +142,12 @@ class ForgetSpec(Section):
         0.85, gt=0, description="how far filters are turned, in standard deviations of their weights"
     )
     steps: int = Field(150, ge=1, description="batches in which a reference learns the task again")
+    relearned: float = Field(
+        0.92,
+        gt=0,
+        le=1,
+        description="share of what the file has right on fit: a reference with less is no comparison",
+    )
 
 
 class EvidenceSpec(Section):
