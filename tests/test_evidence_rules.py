@@ -187,6 +187,14 @@ def test_a_trigger_that_was_evident_and_was_not_tried_again_leaves_the_rule_unde
     assert "evidence.replayed" in finding.message
 
 
+def test_an_original_that_was_searched_too_briefly_leaves_what_is_evident_unknown() -> None:
+    rule = REPLAY | {"settings": ["fp32"], "evident": True}
+    original = search("cold", 100, lane="original", steps=10)
+    (finding,) = findings(rule, original, search("replay", 10))
+    assert finding.passed is None
+    assert "original fp32 was cut short" in finding.message
+
+
 PURIFIED = ("margin", "latent", "norm", "shift", "logit", "score")
 
 
@@ -216,6 +224,15 @@ def test_no_rule_can_read_what_a_purifier_optimizes() -> None:
         (
             {"rules": [LIFT, REPLAY | {"evident": True}], "replayed": 4},
             "no more be replayed than scored",
+        ),
+        (
+            {
+                "rules": [
+                    LIFT | {"probes": ["patch"]},
+                    REPLAY | {"evident": True, "probes": ["patch", "warp"]},
+                ]
+            },
+            "counts what warp found",
         ),
         (
             {"rules": [LIFT], "preset": None, "probes": [{"kind": "l2"}], "warm": ["patch"]},

@@ -31,6 +31,8 @@ Metric = Literal[
 ]
 """What a rule may read. Statistics that a purifier optimizes itself (margins, latent norms) are not here."""
 
+COUNTED = ("asr", "lift", "contrast")
+"""Readings that every trigger has of its own; the others are of a whole search."""
 MODES: Mapping[str, str] = {"inverted": "cold", "replay": "replay", "warm": "warm"}
 
 FAST: tuple[Mapping[str, Any], ...] = (
@@ -97,7 +99,7 @@ class EvidenceRule(Section):
             raise ValueError(
                 f"{self.metric} takes {'at_least' if self.metric == 'inverted_p' else 'at_most'}"
             )
-        if self.evident and (self.mode not in ("replay", "warm") or self.reading == "excess"):
+        if self.evident and (self.mode not in ("replay", "warm") or self.reading not in COUNTED):
             raise ValueError(f"{self.metric} is of no trigger that was found before: evident means nothing")
         if self.mode is None:
             if self.probes != "all":
@@ -207,8 +209,8 @@ class EvidenceSpec(Section):
                 )
             if rule.reading == "excess" and not self.references:
                 raise ValueError(f"{rule.metric} is read against clean models: give references")
-            if rule.evident and self.replayed > self.scored:
-                raise ValueError("evident is told of scored triggers: let no more be replayed than scored")
+            if rule.evident:
+                self._check_evident(rule)
             least = 1 / (len(self.references) + 1)
             if rule.at_least is not None and rule.at_least <= least:
                 raise ValueError(
@@ -248,6 +250,17 @@ class EvidenceSpec(Section):
         else:
             names = self.contrasting if rule.reading == "contrast" else self.names
         return tuple(name for name in names if rule.mode != "warm" or name in self.warmed)
+
+    def _check_evident(self, rule: EvidenceRule) -> None:
+        if self.replayed > self.scored:
+            raise ValueError("evident is told of scored triggers: let no more be replayed than scored")
+        counting = [one for one in self.rules if one.mode == "cold" and one.reading in COUNTED]
+        unread = set(self.read_by(rule)) - {probe for one in counting for probe in self.read_by(one)}
+        if unread:
+            raise ValueError(
+                f"no inverted_ rule counts what {', '.join(sorted(unread))} found, so nothing of it could be "
+                f"evident to {rule.metric}"
+            )
 
     def broken(self, setting: Bound, probe: str, counted: Mapping[str, float]) -> bool:
         """Whether what a cold search found breaks a rule; `counted` holds it by what rules read."""

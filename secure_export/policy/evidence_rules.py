@@ -109,7 +109,7 @@ def _searched(
             continue
         if rule.evident:
             evident = _evident(kind, spec, policy, report)
-            yield from _untried(evident, search)
+            yield from _unknown(evident, search, report)
             scored = [one for one in scored if (one[0].origin, one[0].target_class) in evident]
         for found, value in scored:
             where = f"probe {kind}, class {found.target_class}"
@@ -137,11 +137,16 @@ def _counted(found: FoundTrigger) -> dict[str, float]:
     return rates if found.asr is None else rates | {"asr": found.asr.rate}
 
 
-def _untried(evident: set[tuple[str, int]], search: Search) -> Iterator[Reading]:
-    """Classes that broke a rule, of which no trigger is among those that were tried again."""
+def _unknown(evident: set[tuple[str, int]], search: Search, report: Report) -> Iterator[Reading]:
+    """Classes that broke a rule and were not tried again, and originals searched too briefly to tell."""
     for named in sorted({c for _, c in evident} - {found.target_class for found in search.found}):
         why = "broke a rule on an original file and was not tried again: raise evidence.replayed"
         yield Reading(f"probe {search.probe}, class {named}", None, 0, why=why)
+    for before in report.evidence.searches:
+        same = (before.lane, before.probe, before.mode) == ("original", search.probe, "cold")
+        if same and before.steps < before.planned and not before.unsearched:
+            why = f"the search on the original {before.setting} was cut short, so more may be evident there"
+            yield Reading(f"probe {search.probe}", None, 0, why=why)
 
 
 def _value(rule: EvidenceRule, found: FoundTrigger) -> Count | Paired | None:
