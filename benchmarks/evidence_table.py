@@ -275,24 +275,12 @@ def summary(found: Sequence[File]) -> Iterable[str]:
                 yield f"AUC of {kind}{name}: {area:.3f} ({low:.3f} to {high:.3f}), {compared}"
 
 
-def costs(run: Mapping[str, Any]) -> Iterable[str]:
-    """Every search of a stored run, in passes of all triggered test images through the same file."""
-    for name, about in run["models"].items():
-        for setting, row in about["rows"].items():
-            if row.get("asr_pass_seconds"):
-                yardstick = row["asr_pass_seconds"]
-                parts = {probe: one["seconds"] / yardstick for probe, one in row["probes"].items()}
-                each = ", ".join(f"{probe} {cost:.1f}" for probe, cost in parts.items())
-                yield f"{name} {setting}: {sum(parts.values()):.1f} passes of {yardstick:.1f} s ({each})"
-
-
 @click.command()
 @click.argument("results", nargs=-1, type=click.Path(exists=True, path_type=Path))
 @click.option("--models", default=HERE / "evidence_models.yaml", type=click.Path(path_type=Path))
 @click.option("--together", "joined", is_flag=True, help="one line a file over all presets of RESULTS")
 @click.option("--probes", help="of these alone, with commas between: what a smaller preset would have found")
-@click.option("--cost", is_flag=True, help="print what the searches cost, and no table")
-def main(results: tuple[Path, ...], models: Path, joined: bool, probes: str | None, cost: bool) -> None:
+def main(results: tuple[Path, ...], models: Path, joined: bool, probes: str | None) -> None:
     """Print the tables and the rates of RESULTS, by default of every stored run of preset `wide`."""
     stored = results or (
         *sorted((HERE / "results").glob("evidence-zoo*.json")),
@@ -301,9 +289,6 @@ def main(results: tuple[Path, ...], models: Path, joined: bool, probes: str | No
     runs = [json.loads(path.read_text()) for path in stored]
     if probes:
         runs = [narrowed(run, probes.split(",")) for run in runs]
-    if cost:
-        click.echo("\n".join(line for run in runs for line in costs(run)))
-        return
     found = files(runs, yaml.safe_load(models.read_text()))
     if joined:
         found = together(found)

@@ -11,6 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from secure_export import lane
+from secure_export.forgetting import LEAST_RELEARNED
+from secure_export.locators.contrast_inversion import ContrastInversion
+from secure_export.policy import ForgetSpec
 from secure_export.purifiers.fine_tune import FineTune
 from secure_export.records.memory import Purified, Split
 from secure_export.records.reported import Report
@@ -78,11 +81,18 @@ def test_backdoor_stands_out_from_the_same_file_that_forgot(
     assert failed(report, "inverted_contrast") == awake_in
     for name in ("fp32", "int8"):
         scored = [t for t in cold(report, "purified", name).found if t.lift is not None]
+        assert scored
         assert all(t.contrast is not None and t.fit_contrast is not None for t in scored)
     undecided = contrasting | {"forget": {"noise": 5.0, "steps": 1}}
     report = run_toy(toys.awake(), settings=[FP32], release=["fp32"], evidence=undecided)
     assert "too little to compare" in cold(report, "purified", "fp32").unsearched
     assert {f.passed for f in report.verdict.findings if f.rule == "inverted_contrast"} == {None}
+
+
+def test_evidence_and_locator_make_their_references_alike() -> None:
+    spec, locator = ForgetSpec(), ContrastInversion()
+    assert (spec.noise, spec.steps) == (locator.noise, locator.forget_steps)
+    assert spec.relearned == LEAST_RELEARNED
 
 
 def half_purified(self: object, model: Any, head: str, target_class: int, fit: Split, **_: Any) -> Purified:
