@@ -26,8 +26,8 @@ WARMUP = 20
 LARGEST_GRADIENT = 5.0
 LEAST_RELEARNED = 0.92
 """Of the samples of fit that the model has right: a reference with less did not learn the task again, and
-much that is natural would tell it from the model. Networks that compare well keep .94 to 1; those of an
-eighth of the usual width .86 to .91, and there clean ones raised false alarms (docs/evidence.md)."""
+much that is natural would tell it from the model: on a narrow network that kept .75 to .88, clean ones raised
+false alarms (docs/evidence.md)."""
 
 
 @dataclass(frozen=True)
