@@ -133,9 +133,7 @@ def file(
     return File(
         model=name,
         setting=setting,
-        held_out=not any(
-            preset in one["presets"] and matches(name, one["models"]) for one in known["thresholds"]
-        ),
+        held_out=not any(binds(one, name, setting, preset) for one in known["thresholds"]),
         attack=about["attack"],
         targets=targets(about),
         lift=(gained - lost) / total,
@@ -194,10 +192,10 @@ def targets(about: Mapping[str, Any]) -> tuple[int, ...]:
     return (about["target_class"], *second)
 
 
-def binds(limits: Mapping[str, Any], model: str, setting: str, preset: str) -> bool:
-    """Whether a set of limits is meant for this file and effort."""
-    named = matches(model, limits.get("models", ["*"])) and preset in limits.get("presets", ["fast", "wide"])
-    return named and matches(setting, limits["settings"])
+def binds(entry: Mapping[str, Any], model: str, setting: str, preset: str) -> bool:
+    """Whether an entry, of limits or of thresholds, is meant for this file and effort."""
+    named = matches(model, entry.get("models", ["*"])) and preset in entry.get("presets", ["fast", "wide"])
+    return named and matches(setting, entry.get("settings", ["*"]))
 
 
 def auc(positive: Sequence[float], negative: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
