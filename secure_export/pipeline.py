@@ -8,7 +8,6 @@ The two halves of the work are in `lane.py` (a model through every setting) and 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,8 +39,8 @@ from secure_export.records.reported import (
     SplitInfo,
     SubjectInfo,
 )
-from secure_export.release import locked, release, withdraw
-from secure_export.report.documents import documents, save
+from secure_export.release import claimed, locked, release, sweep, withdraw
+from secure_export.report.documents import discard, documents, save
 from secure_export.runtimes import Options
 from secure_export.triggers import Trigger
 
@@ -61,15 +60,17 @@ def run(policy: Policy, run_dir: Path, *, progress: Progress = silent) -> Report
     """Measure a model under a policy and release its files only when every rule holds.
 
     The same call on the same `run_dir` does what is still missing. Files appear in `run_dir/release` at once
-    or not at all; a release of an earlier run is withdrawn before anything else happens.
+    or not at all; release and report of an earlier run are withdrawn before anything else happens.
 
     Raises:
         PolicyError: the policy cannot be used. NoVerdict: something could not be loaded or written.
     """
     clock = Clock()
     check_plugins(policy)
-    with writing_to(run_dir), locked(run_dir):
+    apart(policy, run_dir)
+    with writing_to(run_dir), locked(claimed(run_dir)):
         withdraw(run_dir / "release")
+        discard(run_dir)
         work = gate if policy.subject.artifact is not None else whole_job
         report, purifieds = work(policy, run_dir, clock, progress)
         report = replace(report, verdict=judge(policy, report))
@@ -84,7 +85,7 @@ def whole_job(
         subject, splits = load(policy, progress)
         bench = replace(open_bench(policy, run_dir, splits, progress), runtime=options(policy, subject))
     with clock("original"):
-        original = at_the_head(subject.model, subject.head, "original", subject.sha256, bench)
+        original = at_the_head(subject.model, subject.head, "original", subject.identity, bench)
         originals = through_settings(original, policy.expanded_settings(), bench)
     with clock("locate"):
         suspects = defence.locate(policy.locate, subject, originals, bench, policy.expanded_settings())
@@ -133,8 +134,9 @@ def gate(
         spent = cost_table([*whole, given.artifact], bench) if policy.costs else ()
     report = compose(policy, given.info, bench, suspects, None, [original], [purified], clock.seconds)
     searched = evidence.described(report.evidence, gathered)
-    unseen = "what the file does when somebody compresses it further: it was measured as it is"
-    searched = replace(searched, not_shown=(*searched.not_shown, unseen))
+    further = "what the file does when somebody compresses it further: it was measured as it is"
+    unseen = (further,) if given.batch else (further, incoming.OTHER_BATCHES)
+    searched = replace(searched, not_shown=(*searched.not_shown, *unseen))
     return replace(report, costs=spent, evidence=searched), [purified]
 
 
@@ -195,8 +197,7 @@ def open_bench(policy: Policy, run_dir: Path, splits: Splits, progress: Progress
     """Where files are made and what is already done."""
     folder = run_dir / "work"
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".*/"):  # of steps that were killed
-        shutil.rmtree(left)
+    sweep(folder)
     triggers = {spec.name: registry.build(Trigger, "triggers", spec.plugin) for spec in policy.triggers}
     some = splits.calibration.floats(slice(0, 16))
     return Bench(
@@ -269,6 +270,7 @@ def compose(
         disagreements=defence.disagreements(suspects, policy.expanded_settings()),
         environment=environment(originals, bench),
         timings=timings,
+        overrides=policy.overrides,
     )
 
 
@@ -298,8 +300,24 @@ def conclude(report: Report, purifieds: Sequence[SettingResult], run_dir: Path) 
         unreleased = Verdict("no_verdict", (*report.verdict.findings, failed))
         save(replace(report, verdict=unreleased), run_dir)
         raise
-    save(report, run_dir)
+    try:
+        save(report, run_dir)
+    except ReleaseError:  # what is released lies beside its report, or not at all
+        withdraw(run_dir / "release")
+        raise
     return report
+
+
+def apart(policy: Policy, run_dir: Path) -> None:
+    """The run directory must not lie in the data, where the next run would take it for a class.
+
+    Raises:
+        PolicyError: it does.
+    """
+    for source in filter(None, (policy.data.path, policy.data.holdout_path)):
+        folder = Path(source).resolve()
+        if folder.is_dir() and run_dir.resolve().is_relative_to(folder):
+            raise PolicyError(f"{run_dir} lies in the data ({source})", hint="choose another --out")
 
 
 @contextmanager

@@ -107,5 +107,6 @@ def parse_policy(
     if problems:
         raise source.error(problems)
     policy._source = source
+    policy._overrides = dict(overrides or {})
     policy._sha256 = sha256 or hashlib.sha256(text.encode()).hexdigest()
     return policy

@@ -35,6 +35,8 @@ AT_MOST = ("acc_drop", "asr", "lift", "logit_difference", "top_share")
 PER_TRIGGER = ("asr", "lift", "ra")
 COMPARING = ("acc_drop", "agreement", "logit_difference")
 PAIRED = ("acc_drop", "lift")
+PATHS = ("subject.model", "subject.artifact", "data.path", "data.holdout_path")
+"""Keys that name a place on a machine, which no report speaks of."""
 
 
 def _ladder(value: Any) -> Any:
@@ -236,6 +238,7 @@ class Policy(Section):
 
     _source: Source = PrivateAttr(default=Source("policy", ""))
     _sha256: str = PrivateAttr(default="")
+    _overrides: Mapping[str, Any] = PrivateAttr(default_factory=dict)
 
     @property
     def path(self) -> str:
@@ -251,6 +254,11 @@ class Policy(Section):
     def sha256(self) -> str:
         """Of the file's bytes."""
         return self._sha256
+
+    @property
+    def overrides(self) -> Mapping[str, Any]:
+        """Values of flags and environment that won over the file, by dotted key; no path of this machine."""
+        return {key: value for key, value in self._overrides.items() if key not in PATHS}
 
     @property
     def source(self) -> Source:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from secure_export.records.measured import Cost, Disagreement, SettingResult, Suspect, Verdict
@@ -104,3 +104,5 @@ class Report:
     """One a setting whose locators do not say the same."""
     costs: tuple[Cost, ...] = ()
     """The first is full precision as ONNX, measured in the same run: what the others are compared with."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """What stood on the command line or in the environment instead of in the policy's text, but for paths."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from secure_export.records.measured import Artifact, Finding, Suspect
+from secure_export.records.measured import COLLAPSED, UNREAD, Artifact, Finding, Suspect
 from secure_export.records.reported import Report
 from secure_export.report._tables import Worst, class_label, percent, plural, points, worst_lift
 
@@ -62,7 +62,12 @@ def _suspected(report: Report) -> Fact:
     if not report.suspects:
         return Fact(label, "not looked for", "no locator ran")
     if not named:
-        return Fact(label, "none", f"{plural(len(report.suspects), 'view')} of the weights")
+        heard = [suspect for suspect in report.suspects if not unjudged(suspect)]
+        silent = len(report.suspects) - len(heard)
+        views = f"{plural(len(heard), 'view')} of the weights"
+        if not heard:
+            return Fact(label, "not known", f"{plural(silent, 'view')} of the weights, none judged")
+        return Fact(label, "none", f"{views}, {silent} not judged" if silent else views)
     done = report.purification
     treated = [c for c in named if done is not None and c in done.target_classes]
     left = [c for c in named if c not in treated]
@@ -82,11 +87,18 @@ def _searched(report: Report) -> Fact:
     return Fact("Evidence", known, unknown)
 
 
-def unread(suspect: Suspect) -> str:
-    """Why a locator could not look at a setting, empty when it could."""
-    if suspect.scores:
-        return ""
-    return "; ".join(f"{key}: {value}" for key, value in suspect.evidence.items()) or "no scores"
+def overridden(report: Report) -> str:
+    """`purify: off, seed: 5`: what flags and environment said instead of the policy's text."""
+    return ", ".join(
+        f"{key}: {'off' if value is None else value}" for key, value in sorted(report.overrides.items())
+    )
+
+
+def unjudged(suspect: Suspect) -> str:
+    """Why a locator's silence on a setting says nothing, empty when it does."""
+    if UNREAD in suspect.evidence:
+        return "could not read the weights"
+    return "did not judge, the model having collapsed," if suspect.evidence.get(COLLAPSED) else ""
 
 
 def locator_lines(report: Report) -> tuple[str, ...]:
@@ -96,7 +108,7 @@ def locator_lines(report: Report) -> tuple[str, ...]:
         if suspect.target_class is not None:
             answer = f"names {class_label(report, suspect.target_class)}"
         else:
-            answer = "could not read the weights" if unread(suspect) else "names no class"
+            answer = unjudged(suspect) or "names no class"
         answers.setdefault((suspect.locator, answer), []).append(suspect.setting)
     return tuple(
         f"{locator} {answer} on {', '.join(settings)}." for (locator, answer), settings in answers.items()

@@ -23,6 +23,22 @@ def documents(report: Report) -> Mapping[str, bytes]:
     }
 
 
+def discard(folder: Path) -> None:
+    """Remove the report of an earlier run: until this one has its own, nothing says what came of it.
+
+    Raises:
+        ReleaseError: it cannot be removed.
+    """
+    try:
+        for name in FORMATS.values():
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise ReleaseError(
+            f"{folder / name}: the report of an earlier run cannot be removed: {error.strerror or error}",
+            hint="remove it yourself, or choose another --out",
+        ) from error
+
+
 def save(report: Report, folder: Path) -> None:
     """Write the three files into `folder`, each whole or not at all.
 

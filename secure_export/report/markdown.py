@@ -193,6 +193,9 @@ def _policy(report: Report) -> Iterator[str]:
     yield ""
     yield f"sha256 `{escape(report.policy_sha256)}`"
     yield ""
+    if report.overrides:
+        yield f"Set on the command line or in the environment instead: {escape(story.overridden(report))}."
+        yield ""
     yield f"{fence}yaml"
     yield report.policy_text.rstrip("\n")
     yield fence
