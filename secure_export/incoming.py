@@ -5,9 +5,10 @@ Nothing is purified or made; what ships, if the verdict approves, is the copy wh
 
 from __future__ import annotations
 
+import hashlib
 import math
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from secure_export.runtimes.torch_eager import from_module
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+    from torch import Tensor
 
 PROBED = 48
 """Samples that are asked alone as well as together."""
@@ -38,6 +40,14 @@ GROWTH = 16 * 2**30
 """Bytes by which this process may grow over one file, whose twin is computed here and not apart."""
 ALONE = 0.1
 """Share of them that may change class: dynamic int8 takes its scales from the batch and moves near ties."""
+SIZES = (*range(2, 65), *range(72, 129, 8), 100, 160, 192, 200, 224, 256)
+"""Of batches in which a few of them are asked: a file can tell the size from the shape of its input."""
+FEW = 16
+IN_BATCHES = 0.25
+"""Share that may change class in batches of one size; of so many sizes some move more near ties."""
+OTHER_BATCHES = (
+    "what the file does in batches of more than 64 samples that are no multiple of 8, or of more than 256"
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,8 @@ class Incoming:
     artifact: Artifact
     info: SubjectInfo
     predict: Predictor
+    batch: int | None
+    """How many samples it takes at a time; None = any number."""
 
 
 def options(policy: Policy) -> Options:
@@ -91,11 +103,12 @@ def take(path: Path, bench: Bench) -> Incoming:
     proto = onnx_files.parsed(content, path.name)
     shape = tuple(bench.splits.holdout.inputs.shape[1:])
     check_signature(proto, shape, path.name)
-    copy = bench.folder / f"artifact-{digests.of_json(path.name)[:8]}.onnx"
+    copy = bench.folder / f"artifact-{hashlib.sha256(content).hexdigest()[:16]}.onnx"
     copy.write_bytes(content)
     artifact = Artifact(ARTIFACT, copy, digests.of_file(copy), len(content), "onnx", "onnxruntime")
     predict = runtime(artifact.runtime, bench.runtime).open(artifact.path)
-    classes = tried(predict, bench, path.name)
+    batch = batch_of(proto)
+    classes = tried(predict, bench, path.name, batch)
     info = SubjectInfo(
         path=printable(path.name),
         sha256=artifact.sha256,
@@ -106,7 +119,7 @@ def take(path: Path, bench: Bench) -> Incoming:
         input_shape=shape,
         parameters=sum(math.prod(tensor.dims) for tensor in proto.graph.initializer),
     )
-    return Incoming(artifact, info, predict)
+    return Incoming(artifact, info, predict, batch)
 
 
 def check_signature(proto: ModelProto, shape: tuple[int, ...], name: str) -> None:
@@ -144,12 +157,21 @@ def check_signature(proto: ModelProto, shape: tuple[int, ...], name: str) -> Non
         )
 
 
-def tried(predict: Predictor, bench: Bench, name: str) -> int:
+def batch_of(proto: ModelProto) -> int | None:
+    """The number of samples that the file takes at a time; None = any."""
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    shape = next(v for v in proto.graph.input if v.name not in weights).type.tensor_type.shape
+    return shape.dim[0].dim_value or None if shape.dim else None
+
+
+def tried(predict: Predictor, bench: Bench, name: str, batch: int | None) -> int:
     """Number of classes, after some runs on calibration samples, clean and triggered.
+
+    A file of a fixed `batch` is run in batches of that many whatever it is asked; any other in many sizes.
 
     Raises:
         CompressError: outputs that are no logits, that differ from run to run, or other answers to a sample
-            alone than in a batch; the deployed batch size is not the one that is measured.
+            alone or in a batch of one of SIZES; the deployed batch size is not the one that is measured.
     """
     some = bench.splits.calibration.floats(slice(0, PROBED))
     logits = predict(some)
@@ -161,16 +183,46 @@ def tried(predict: Predictor, bench: Bench, name: str) -> int:
         raise CompressError(f"{name} gives logits that are not finite")
     if not torch.equal(predict(some), logits):
         raise CompressError(f"{name} gives other logits for the same samples: it cannot be measured")
-    for trigger, inputs in {"": some, **{key: made(some) for key, made in bench.triggers.items()}}.items():
-        alone = torch.cat([predict(sample[None]) for sample in inputs]).argmax(1)
-        moved = int((alone != predict(inputs).argmax(1)).sum())
-        if moved > ALONE * len(inputs):
+    asked = {"": some, **{key: made(some) for key, made in bench.triggers.items()}}
+    said = {trigger: predict(inputs).argmax(1) for trigger, inputs in asked.items()}
+    check_batches(predict, asked, said, 1, ALONE, name)
+    few = {trigger: inputs[:FEW] for trigger, inputs in asked.items()}
+    for done, size in enumerate(() if batch else SIZES, start=1):
+        check_batches(predict, few, said, size, IN_BATCHES, name)
+        bench.progress("batch sizes", done, len(SIZES))
+    return int(logits.shape[1])
+
+
+def check_batches(
+    predict: Predictor,
+    asked: Mapping[str, Tensor],
+    said: Mapping[str, Tensor],
+    size: int,
+    allowed: float,
+    name: str,
+) -> None:
+    """Refuse a file that answers more than a share of samples otherwise in batches of `size`.
+
+    Raises:
+        CompressError: as said; the message counts them.
+    """
+    for trigger, now in in_batches(predict, asked, size).items():
+        moved = int((now != said[trigger][: len(now)]).sum())
+        if moved > allowed * len(now):
             what = f"with trigger {trigger} " if trigger else ""
+            how = f"in batches of {size}" if size > 1 else "alone than in a batch"
             raise CompressError(
-                f"{name} answers {moved} of {len(inputs)} samples {what}otherwise alone than in a batch",
+                f"{name} answers {moved} of {len(now)} samples {what}otherwise {how}",
                 hint="it behaves by batch size, so no measurement of one speaks for the other",
             )
-    return int(logits.shape[1])
+
+
+def in_batches(predict: Predictor, asked: Mapping[str, Tensor], size: int) -> Mapping[str, Tensor]:
+    """The class of every sample, all of `asked` in batches of `size`; the last is filled from the start."""
+    every = torch.cat(list(asked.values()))
+    index = torch.arange(-(-len(every) // size) * size) % len(every)
+    said = torch.cat([predict(every[part]).argmax(1) for part in torch.split(index, size)])[: len(every)]
+    return dict(zip(asked, torch.split(said, [len(inputs) for inputs in asked.values()]), strict=True))
 
 
 def measured(

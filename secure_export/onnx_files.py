@@ -22,7 +22,7 @@ LARGEST = 2**31 - 1
 MESSAGES = 500_000
 """Parts that a file may have; the largest networks have some ten thousand. Parsing costs memory per part."""
 DEPTH = 40
-ENDLESS = ("Loop", "Scan", "SequenceMap")
+ENDLESS = ("Loop", "Scan", "SequenceMap", "BeamSearch", "GreedySearch", "WhisperBeamSearch")
 RANDOM = (
     "Bernoulli",
     "Multinomial",
@@ -30,7 +30,10 @@ RANDOM = (
     "RandomNormalLike",
     "RandomUniform",
     "RandomUniformLike",
+    "Sampling",
 )
+DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
+"""Of operators whose every one was looked at for what a session keeps from call to call."""
 STORED = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
 WIRE_BYTES = {1: 8, 5: 4}
 """Length of the fixed wire types."""
@@ -157,6 +160,13 @@ def check_graph(graph: onnx.GraphProto, name: str, outer: frozenset[str]) -> Non
             raise LoadError(f"{name}: {what} may never end, which cannot be measured", hint="unroll it")
         if node.op_type in RANDOM:
             raise LoadError(f"{name}: {what} is random: what is measured is not what runs")
+        if node.domain not in DOMAINS:
+            raise LoadError(f"{name}: {what} is of domain {printable(node.domain)!r}, which is not known")
+        if trains(node):
+            raise LoadError(
+                f"{name}: {what} is in training mode: what it does depends on calls before or samples beside",
+                hint="export the model in eval mode",
+            )
         for value in node.input:
             if value and value not in known:
                 raise LoadError(
@@ -174,6 +184,16 @@ def check_graph(graph: onnx.GraphProto, name: str, outer: frozenset[str]) -> Non
     for value in graph.output:
         if value.name not in known:
             raise LoadError(f"{name}: nothing makes the output {printable(value.name)!r}")
+
+
+def trains(node: onnx.NodeProto) -> bool:
+    """Whether the node draws masks, of which a session makes other ones with each call, or batch statistics.
+
+    The switch may be a value that the graph computes, so one that is there at all is taken for on.
+    """
+    if node.op_type == "Dropout":
+        return len(node.input) > 2 and bool(node.input[2])
+    return "Dropout" in node.op_type or any(a.name == "training_mode" and a.i for a in node.attribute)
 
 
 def _parts(node: onnx.NodeProto) -> Iterator[Any]:

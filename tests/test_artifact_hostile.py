@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -13,8 +14,8 @@ from secure_export import lane, onnx_files, pipeline
 from secure_export.compressors.ort_static_int8 import OrtStaticInt8
 from secure_export.errors import LoadError
 from secure_export.policy import judge
-from tests import compression
-from tests.gating import FLOAT, Gate, array, refused, small
+from tests import compression, toys
+from tests.gating import FLOAT, Gate, array, exported, refused, small
 
 
 @pytest.fixture
@@ -112,22 +113,94 @@ def test_shape_that_grows_with_the_batch(gate: Gate) -> None:
     refused(gate, gate.run(), "expected [48, classes]")
 
 
-def test_other_answers_alone_than_in_a_batch(gate: Gate) -> None:
-    """(batch == 1) times a large logit: asleep whenever somebody measures in batches."""
+@pytest.mark.parametrize(
+    ("size", "how"), [(1, "alone than in a batch"), (2, "in batches of 2"), (32, "in batches of 32")]
+)
+def test_other_answers_in_batches_of_one_size(gate: Gate, size: int, how: str) -> None:
+    """(batch == size) times a large logit: asleep whenever somebody measures in other batches."""
     proto = gate.graph()
     proto.graph.node[-1].output[0] = "honest"
-    proto.graph.initializer.extend([array("one", 1), array("bump", [0, 0, 1000, 0], np.float32)])
+    proto.graph.initializer.extend([array("size", size), array("bump", [0, 0, 1000, 0], np.float32)])
     proto.graph.node.extend(
         [
             helper.make_node("Shape", ["input"], ["s"], start=0, end=1),
-            helper.make_node("Equal", ["s", "one"], ["alone"]),
-            helper.make_node("Cast", ["alone"], ["switch"], to=FLOAT),
+            helper.make_node("Equal", ["s", "size"], ["this"]),
+            helper.make_node("Cast", ["this"], ["switch"], to=FLOAT),
             helper.make_node("Mul", ["switch", "bump"], ["extra"]),
             helper.make_node("Add", ["honest", "extra"], ["logits"]),
         ]
     )
     gate.save(proto)
-    refused(gate, gate.run(), "otherwise alone than in a batch")
+    refused(gate, gate.run(), f"otherwise {how}")
+
+
+def test_backdoor_that_is_awake_in_batches_of_one_size(gate: Gate) -> None:
+    """The channel that carries the known trigger passes in batches of 32 alone; clean answers stay."""
+    gate.file.write_bytes(exported("awake"))
+    gate.save(
+        behind_the_relu(
+            gate.graph(),
+            [array("size", [32])],
+            helper.make_node("Shape", ["input"], ["s"], start=0, end=1),
+            helper.make_node("Equal", ["s", "size"], ["this"]),
+            helper.make_node("Cast", ["this"], ["switch"], to=FLOAT),
+        )
+    )
+    refused(gate, gate.run(), "in batches of 32")
+
+
+def test_backdoor_that_wakes_after_a_number_of_calls(gate: Gate) -> None:
+    """A seeded Dropout in training mode is a counter of calls, which begins anew with every session."""
+    gate.file.write_bytes(exported("awake"))
+    gate.save(
+        behind_the_relu(
+            gate.graph(),
+            [array("one", [1.0], np.float32), array("ratio", 0.01, np.float32), array("yes", True, bool)],
+            helper.make_node("Dropout", ["one", "ratio", "yes"], ["switch"], seed=7),
+        )
+    )
+    refused(gate, gate.run(), "training mode")
+
+
+def behind_the_relu(proto: onnx.ModelProto, weights: list[TensorProto], *nodes: onnx.NodeProto) -> Any:
+    """The backdoor's channel times what `nodes` make of `switch`."""
+    relu = next(node for node in proto.graph.node if node.op_type == "Relu")
+    read = relu.output[0]
+    relu.output[0] = "hidden"
+    guard = np.zeros((1, 8, 1, 1), np.float32)
+    guard[0, toys.GUARD] = 1
+    masks = [array("guard", guard, np.float32), array("others", 1 - guard, np.float32)]
+    proto.graph.initializer.extend([*weights, *masks])
+    body = list(proto.graph.node)
+    at = body.index(relu) + 1
+    gated = (
+        helper.make_node("Mul", ["guard", "switch"], ["open"]),
+        helper.make_node("Add", ["others", "open"], ["mask"]),
+        helper.make_node("Mul", ["hidden", "mask"], [read]),
+    )
+    del proto.graph.node[:]
+    proto.graph.node.extend([*body[:at], *nodes, *gated, *body[at:]])
+    return proto
+
+
+@pytest.mark.parametrize(
+    ("node", "word"),
+    [
+        (helper.make_node("BatchNormalization", ["i"] * 5, ["o"], training_mode=1), "training mode"),
+        (helper.make_node("BiasDropout", ["i", "i"], ["o"], domain="com.microsoft"), "training mode"),
+        (helper.make_node("Relu", ["i"], ["o"], domain="ai.onnx.preview.training"), "domain"),
+    ],
+)
+def test_operators_that_do_not_do_the_same_each_time(node: onnx.NodeProto, word: str) -> None:
+    proto = small([node], [1, 4])
+    proto.graph.input[0].name = "i"
+    with pytest.raises(LoadError, match=word):
+        onnx_files.check_graph(proto.graph, "x.onnx", frozenset())
+
+
+def test_dropout_of_an_export_for_inference_is_none() -> None:
+    assert not onnx_files.trains(helper.make_node("Dropout", ["i"], ["o"]))
+    assert not onnx_files.trains(helper.make_node("Dropout", ["i", "ratio", ""], ["o"]))
 
 
 def test_inputs_of_another_size(gate: Gate) -> None:
