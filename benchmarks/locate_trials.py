@@ -128,7 +128,7 @@ def opened(
     calibration = replace(calibration, sha256=digests.of_arrays(calibration.inputs.numpy()))
     bench = replace(bench, splits=replace(bench.splits, calibration=calibration))
     subject = subject_of(path, card, data)
-    return bench, subject, at_the_head(subject.model, subject.head, "original", subject.sha256, bench)
+    return bench, subject, at_the_head(subject.model, subject.head, "original", subject.identity, bench)
 
 
 def subject_of(path: Path, card: dict[str, Any], data: datasets.Images) -> Subject:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
@@ -60,7 +61,7 @@ def locate(
                 suspects.append(_unread(locator, "subject", "a file of another tool has no module to train"))
                 continue
             read = partial(views.of_module, subject.model, subject.head, "subject")
-            suspects.append(_suspect(locator, subject.sha256, read, "subject", bench))
+            suspects.append(_suspect(locator, subject.identity, read, "subject", bench))
             continue
         for done, result in enumerate(originals, start=1):
             artifact = result.artifact
@@ -71,7 +72,9 @@ def locate(
                 artifact = _readable(result.setting, artifact, originals, settings)
                 runtime = runtime_of(artifact.runtime, bench.runtime)
                 read = partial(runtime.view, artifact.path, result.setting)
-                suspects.append(_suspect(locator, artifact.sha256, read, result.setting, bench))
+                suspects.append(
+                    _suspect(locator, artifact.sha256, read, result.setting, bench, artifact.path)
+                )
             bench.progress(f"locate: {locator.kind}", done, len(originals))
     return tuple(suspects)
 
@@ -116,7 +119,14 @@ def reads_heads(artifact: Artifact) -> bool:
     return issubclass(runtime, Runtime) and runtime.reads_heads
 
 
-def _suspect(locator: Locator, weights: str, read: Callable[[], View], setting: str, bench: Bench) -> Suspect:
+def _suspect(
+    locator: Locator,
+    weights: str,
+    read: Callable[[], View],
+    setting: str,
+    bench: Bench,
+    file: Path | None = None,
+) -> Suspect:
     fit = bench.splits.fit
     determined_by = (weights, dict(bench.runtime), locator.kind, locator.model_dump(), fit.sha256, bench.seed)
     known = bench.ledger.find(Suspect, *determined_by)
@@ -126,6 +136,8 @@ def _suspect(locator: Locator, weights: str, read: Callable[[], View], setting: 
         found = locator.locate(read(), fit, seed=bench.seed, progress=bench.progress)
     except CompressError as error:
         return _unread(locator, setting, error.message)
+    if file is not None and digests.of_file(file) != weights:
+        return _unread(locator, setting, "the file changed while it was read")
     return bench.ledger.enter(found, *determined_by)
 
 
@@ -158,7 +170,7 @@ def purify(policy: Policy, subject: Subject, suspects: Sequence[Suspect], bench:
     The subject itself where no class is named. A class that is still named when the rounds are used up comes
     back as a suspect, which no policy lets pass.
     """
-    done = Defended(subject.model, subject.sha256, None)
+    done = Defended(subject.model, subject.identity, None)
     targets = suspected_classes(suspects, policy.locate)
     left: tuple[Suspect, ...] = ()
     for _ in range(policy.locate.rounds):

@@ -18,7 +18,10 @@ LIBRARIES = (
     "torch-pruning",
     "torchao",
 )
-EXTRAS = ("executorch", "openvino", "nncf", "litert-torch", "ai-edge-litert", "ai-edge-quantizer")
+EXTRAS = (
+    *("torchvision", "timm"),
+    *("executorch", "openvino", "nncf", "litert-torch", "ai-edge-litert", "ai-edge-quantizer"),
+)
 """Named where they are installed: without them nothing is made that they could change."""
 
 

@@ -73,7 +73,8 @@ class Rehearsal:
     def broken(self, model: nn.Module, identity: str, purification: Purification) -> tuple[str, ...]:
         """What the calibration split says against a candidate; empty when nothing does."""
         bench = self._bench(self.triggers)
-        original = at_the_head(self.subject.model, self.subject.head, "original", self.subject.sha256, bench)
+        subject = self.subject
+        original = at_the_head(subject.model, subject.head, "original", subject.identity, bench)
         purified = at_the_head(
             model, self.subject.head, "purified", identity, bench, original.reference, purification
         )

@@ -108,7 +108,9 @@ def at_the_head(
     logits = logits_of(from_module(model), bench.splits.holdout)
     predictions = logits.argmax(1) if against is None else against.subject_predictions
     bench.progress(f"{lane}: full precision", 1, 1)
-    return Lined(lane, model, head, identity, Reference(predictions, logits), purification)
+    # Code outside the model's buffers may be other than before: what it answers names the function, too.
+    function = digests.of_json([identity, digests.of_arrays(logits.numpy())])
+    return Lined(lane, model, head, function, Reference(predictions, logits), purification)
 
 
 def through_settings(lined: Lined, settings: Iterable[Setting], bench: Bench) -> list[SettingResult]:

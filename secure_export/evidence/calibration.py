@@ -38,7 +38,7 @@ def referenced(policy: Policy, bench: Bench) -> Iterator[list[SettingResult]]:
             std=wanted.std,
             input_shape=tuple(bench.splits.fit.inputs.shape[1:]),
         )
-        lined = at_the_head(reference.model, reference.head, "original", reference.sha256, bench)
+        lined = at_the_head(reference.model, reference.head, "original", reference.identity, bench)
         yield through_settings(lined, policy.expanded_settings(), bench)
 
 

@@ -35,11 +35,13 @@ def references_of(file: Opened, spec: ForgetSpec, bench: Bench) -> References:
         return bench.folder / f"forgotten-{made.sha256[:16]}.safetensors"
 
     def weights(seed: int) -> Weights:
-        determined_by = (file.sha256, spec.model_dump(include={"noise", "steps"}), fit.sha256, seed)
+        recipe = spec.model_dump(include={"noise", "steps"})
+        determined_by = (file.sha256, dict(file.environment), recipe, fit.sha256, seed)
         known = ledger.find(Forgotten, *determined_by)
         if known is not None and path(known).is_file():
             stored: Weights = load_file(path(known))
-            return stored
+            if digests.of_state(stored) == known.sha256:
+                return stored
         made = forgotten(twin, fit, noise=spec.noise, steps=spec.steps, seed=seed, progress=bench.progress)
         known = Forgotten(digests.of_state(made))
         save_file({name: value.contiguous() for name, value in made.items()}, path(known))

@@ -34,6 +34,8 @@ class Opened:
 
     result: SettingResult
     sha256: str
+    environment: Mapping[str, str]
+    """Of the runtime that opened it, with its options: behind another mean it is another function."""
     predictor: Predictor
     twin: Logits | None
     agreement: Count | None
@@ -48,7 +50,8 @@ def opened(result: SettingResult, fit: Split, options: Options) -> Opened | str:
     if artifact is None or result.measurement is None:
         return result.unmeasured.reason if result.unmeasured else "no file was measured"
     try:
-        predictor = runtime(artifact.runtime, options).open(artifact.path)
+        opening = runtime(artifact.runtime, options)
+        predictor = opening.open(artifact.path)
         predicted = predictor(fit.floats()).argmax(1)
     except NoVerdict as error:
         return error.message
@@ -68,6 +71,7 @@ def opened(result: SettingResult, fit: Split, options: Options) -> Opened | str:
     return Opened(
         result=result,
         sha256=artifact.sha256,
+        environment=opening.environment(),
         predictor=predictor,
         twin=None if why else twin,
         agreement=agreement,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,8 +53,13 @@ class Known:
     """Its lift on fit, or its contrast where the probe makes one."""
 
 
-def best_known(searches: Sequence[Search], probe: Probe, work: Work) -> tuple[Known, ...]:
-    """The triggers of one probe that did best on fit, over every original file; each class once a file."""
+def best_known(
+    searches: Sequence[Search], probe: Probe, work: Work, evident: Collection[tuple[str, int]] = ()
+) -> tuple[Known, ...]:
+    """The triggers of one probe that did best on fit, over every original file; each class once a file.
+
+    Those of `evident` (setting, class) come first: of each class the best, then of each the second.
+    """
     known = []
     for found in searches:
         if found.lane == "original" and found.probe == probe.name and not found.unsearched:
@@ -62,6 +68,13 @@ def best_known(searches: Sequence[Search], probe: Probe, work: Work) -> tuple[Kn
                 own = [free[name][row] for name in sorted(free)]
                 known.append(Known(found.setting, trigger.target_class, own, trigger.on_fit))
     known.sort(key=lambda trigger: trigger.on_fit, reverse=True)
+    turns = Counter[int]()
+    first: list[tuple[int, Known]] = []
+    for one in [one for one in known if (one.origin, one.target_class) in evident]:
+        first.append((turns[one.target_class], one))
+        turns[one.target_class] += 1
+    ahead = [one for _, one in sorted(first, key=lambda pair: pair[0])]
+    known = ahead + [one for one in known if (one.origin, one.target_class) not in evident]
     return tuple(known[: work.spec.replayed])
 
 
@@ -82,6 +95,7 @@ def searched(
     file = file_or_why
     determined_by = (
         file.sha256,
+        dict(file.environment),
         probe.kind,
         probe.model_dump(),
         mode,
@@ -100,6 +114,8 @@ def searched(
         done = _anew(file, probe, mode, known, work)
     except NoVerdict as error:
         return _unsearched(result, probe, mode, error.message, work)
+    if file.result.artifact is None or digests.of_file(file.result.artifact.path) != file.sha256:
+        return _unsearched(result, probe, mode, "the file changed while it was searched", work)
     return replace(work.bench.ledger.enter(done, *determined_by), lane=result.lane, setting=result.setting)
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from secure_export import digests
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -43,6 +46,13 @@ class Subject:
     """Of the checkpoint file, taken before it was opened."""
     architecture: str
     source: Path
+
+    @cached_property
+    def identity(self) -> str:
+        """What the ledger keeps results under: the same file is another function in another architecture, at
+        another head or behind another normalization, whose moments are buffers of the model."""
+        built = [self.architecture, self.classes, self.head, repr(self.model)]
+        return digests.of_json([self.sha256, built, digests.of_state(self.model.state_dict())])
 
 
 @dataclass(frozen=True)

@@ -68,11 +68,13 @@ class Safetensors(Runtime):
         return replace(views.of_module(subject.model, subject.head, setting), module=None, head=None)
 
     def environment(self) -> Mapping[str, str]:
-        """Version, threads and batch size, the architecture, and the CPU."""
+        """Version, threads and batch size, the architecture with its head and normalization, and the CPU."""
         return {
             "torch": torch.__version__,
             "threads": str(torch.get_num_threads()),
             "batch_size": str(self.batch_size),
             "architecture": self.architecture,
+            **({"head": self.head} if self.head else {}),
+            **({"mean": str(list(self.mean)), "std": str(list(self.std or ()))} if self.mean else {}),
             "cpu": cpu(),
         }
