@@ -82,6 +82,13 @@ def make_splits(
         parts = _parts(samples.labels, usable, [fit, calibration], generator)
         parts += _parts(holdout_samples.labels, usable_holdout, [holdout], generator)
     uncovered = set(samples.labels.tolist()) - set(samples.labels[parts[0]].tolist())
+    gone = uncovered - set(samples.labels[usable].tolist())
+    if gone:
+        raise DataError(
+            f"class {names[min(gone)]!r} has no sample of its own: each has copies with another label, or "
+            "in the holdout",
+            hint="a sample belongs to one class and one source",
+        )
     if uncovered:
         raise DataError(
             f"fit: {fit} samples leave out {len(uncovered)} classes, the first is {names[min(uncovered)]!r}",
@@ -96,16 +103,23 @@ def make_splits(
 
 
 def check_labels(splits: Splits, classes: int) -> None:
-    """Every label must be an output of the head.
+    """Every label must be an output of the head, and every output have its name.
 
     Raises:
-        DataError: a label beyond `classes` outputs.
+        DataError: a label beyond `classes` outputs, or fewer names than outputs: where a class folder lacks,
+            all behind it get another label.
     """
+    names = splits.class_names
     highest = max(int(split.labels.max()) for split in (splits.fit, splits.calibration, splits.holdout))
     if highest >= classes:
         raise DataError(
             f"label {highest} ({splits.class_names[highest]!r}) is beyond the head's {classes} outputs",
             hint="the data and the model must speak of the same classes",
+        )
+    if len(names) != classes and names != tuple(map(str, range(len(names)))):
+        raise DataError(
+            f"the data has {len(names)} classes, the model {classes} outputs",
+            hint="labels are places among the sorted folder names, so every class needs its folder",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.torch import save_file
 
-from secure_export import defence, lane, pipeline
+from secure_export import defence, digests, lane, pipeline
 from secure_export.cli import main
 from tests import toys
 from tests.conftest import toy_policy
@@ -205,6 +206,39 @@ def pipeline_report(job: Job) -> dict[str, Any]:
 
     loaded: dict[str, Any] = json.loads((job.out / "report.json").read_text())
     return loaded
+
+
+def test_another_architecture_or_normalization_is_another_model(job: Job) -> None:
+    """What the ledger keeps of one is not shipped for the other, though the checkpoint is the same file."""
+
+    def shipped(*flags: str) -> str:
+        assert job.run(*flags).exit_code == 0
+        return digests.of_file(job.out / "release" / "fp32.onnx")
+
+    plain = shipped()
+    behind = shipped("--mean", "0.1", "--std", "0.9")
+    other = shipped("--arch", "tests.toys:Doubled")
+    assert len({plain, behind, other}) == 3
+    assert shipped() == plain
+
+
+def test_missing_class_folder(job: Job) -> None:
+    root = job.images()
+    shutil.rmtree(root / "class1")
+    refused(job, job.run(), 4, "the data has 3 classes, the model 4 outputs")
+
+
+def test_class_whose_samples_all_have_copies_elsewhere(job: Job) -> None:
+    root = job.images()
+    job.policy["data"] |= {"fit": 20, "calibration": 20}
+    shutil.rmtree(root / "class2")
+    shutil.copytree(root / "class1", root / "class2")
+    refused(job, job.run(), 4, "has no sample of its own")
+
+
+def test_run_directory_in_the_data(job: Job) -> None:
+    job.out = job.images() / "run"
+    refused(job, job.run(), 2, "lies in the data")
 
 
 # ---- the machine ----------------------------------------------------------------------------------------
