@@ -12,10 +12,12 @@ import yaml
 from onnx import TensorProto, helper
 from safetensors.torch import save_file
 
+from secure_export import pipeline
 from secure_export.compressors.ort_static_int8 import OrtStaticInt8
-from secure_export.errors import CompressError, PolicyError
+from secure_export.errors import CompressError, PolicyError, ReleaseError
 from secure_export.formats.onnx import Onnx
 from secure_export.policy import judge, load_policy
+from secure_export.policy.check import for_artifact
 from secure_export.report.schema import load_report
 from secure_export.runtimes.onnxruntime import Onnxruntime
 from tests import compression, toys
@@ -27,6 +29,14 @@ def failing(gate: Gate) -> set[str]:
     """Rules that the last run's report shows broken."""
     report = load_report(gate.out / "report.json")
     return {finding.rule for finding in report.verdict.findings if finding.passed is False}
+
+
+class Outside(toys.Templates):
+    """Expects inputs normalized by .5 and .5."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Normalized images [N, 1, 8, 8] to logits [N, 4]."""
+        return super().forward(inputs * 0.5 + 0.5)
 
 
 @pytest.fixture
@@ -125,17 +135,94 @@ def test_stored_report_is_judged_under_a_policy_for_models(gate: Gate, tmp_path:
 
 def test_normalization_outside_the_file(gate: Gate) -> None:
     """Most exported files expect normalized inputs; --mean and --std stand before the file."""
-
-    class Outside(toys.Templates):
-        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-            return super().forward(inputs * 0.5 + 0.5)
-
     model = Outside()
     model.load_state_dict(toys.clean().state_dict())
     Onnx().write(model, torch.rand(2, 1, 8, 8), gate.file)
     assert gate.run("--mean", "0.5", "--std", "0.5").exit_code == 0
     report = load_report(gate.out / "report.json")
     assert report.environment["onnxruntime.mean"] == "[0.5]"
+    assert report.overrides["subject.mean"] == [0.5]
+    assert not {"subject.artifact", "subject.model", "data.path"} & report.overrides.keys()
+
+
+FOUND = {
+    "preset": None,
+    "probes": [{"kind": "patch", "area": 0.0625, "steps": 30, "images": 8}],
+    "samples": 300,
+    "rounding": False,
+    "rules": [{"metric": "inverted_lift", "at_most": 0.4}],
+}
+ELSEWHERE = {"kind": "badnets", "name": "corner", "size": 1, "position": "bottom-right", "pattern": "white"}
+"""A trigger that nobody planted."""
+DEAF = {"kind": "latent-shift", "min_score": 0.9}
+
+
+def blind(gate: Gate) -> None:
+    """Let the search alone see the backdoor."""
+    locate = {"methods": [DEAF], "decisive": ["latent-shift"], "unconfirmed": "accept"}
+    gate.policy |= {"triggers": [ELSEWHERE], "evidence": FOUND, "locate": locate}
+
+
+def test_a_search_behind_another_normalization_is_not_taken_over(gate: Gate) -> None:
+    """Behind the wrong one every pixel is faint, and the backdoor's channel, with its bias, stays shut."""
+    blind(gate)
+    state = toys.awake().state_dict()
+    state["conv.bias"][toys.GUARD] = -0.02
+    model = Outside()
+    model.load_state_dict(state)
+    Onnx().write(model, torch.rand(2, 1, 8, 8), gate.file)
+    assert gate.run("--mean", "40", "--std", "40").exit_code == 0
+    result = gate.run("--mean", "0.5", "--std", "0.5")
+    assert result.exit_code == 3, result.output
+    assert failing(gate) == {"inverted_lift"}
+
+
+def test_a_file_of_the_same_name_takes_nobody_s_place(gate: Gate, tmp_path: Path) -> None:
+    """Measured, located and searched is what the digest names, whatever it is compared with."""
+    blind(gate)
+    gate.file.write_bytes(exported("awake"))
+    (tmp_path / "full").mkdir()
+    other = tmp_path / "full" / gate.file.name
+    other.write_bytes(exported("clean"))
+    for _ in range(2):
+        assert gate.run("--model", str(other)).exit_code == 3
+        assert failing(gate) == {"inverted_lift"}
+
+
+def test_a_failed_run_leaves_no_report_of_an_earlier_one(gate: Gate) -> None:
+    assert gate.run().exit_code == 0
+    gate.file.write_bytes(b"broken")
+    assert gate.run().exit_code == 4
+    assert not list(gate.out.glob("report.*"))
+    assert not (gate.out / "release").exists()
+
+
+def test_a_report_that_cannot_be_written_leaves_no_release(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise ReleaseError("no space left")
+
+    monkeypatch.setattr(pipeline, "save", full)
+    refused(gate, gate.run(), "no space left")
+
+
+def test_every_shipped_policy_reads_the_searches_of_a_file_of_another_tool() -> None:
+    for path in sorted((Path(__file__).parents[1] / "policies").glob("*.yaml")):
+        policy = for_artifact(load_policy(path), "theirs.onnx")
+        spec, (setting,) = policy.evidence, policy.expanded_settings()
+        if spec is not None:
+            assert all(spec.asks(setting, probe) for probe in spec.names), path
+
+
+def test_a_policy_that_reads_no_search_of_such_a_file_is_refused(gate: Gate) -> None:
+    blind(gate)
+    rules = [
+        {"metric": "inverted_lift", "at_most": 0.4, "settings": ["fp32", "int8*"]},
+        {"metric": "replay_lift", "at_most": 0.1, "settings": "released"},
+    ]
+    gate.policy["evidence"] = FOUND | {"rules": rules}
+    refused(gate, gate.run(), "no inverted_ rule binds a file of another tool", code=2)
 
 
 def test_fixed_batch_and_other_names_are_run_as_they_are(gate: Gate) -> None:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from secure_export import lane
+from secure_export import digests, lane
+from secure_export.evidence.one import best_known
 from secure_export.forgetting import LEAST_RELEARNED
 from secure_export.locators.contrast_inversion import ContrastInversion
 from secure_export.policy import ForgetSpec
+from secure_export.probes.patch import Patch
 from secure_export.purifiers.fine_tune import FineTune
+from secure_export.records.measured import Paired
 from secure_export.records.memory import Purified, Split
 from secure_export.records.reported import Report
-from secure_export.records.searches import Search
+from secure_export.records.searches import FoundTrigger, Search
 from tests import toys
 from tests.conftest import FP32, INT8, PRUNED
 
@@ -87,6 +92,30 @@ def test_backdoor_stands_out_from_the_same_file_that_forgot(
     report = run_toy(toys.awake(), settings=[FP32], release=["fp32"], evidence=undecided)
     assert "too little to compare" in cold(report, "purified", "fp32").unsearched
     assert {f.passed for f in report.verdict.findings if f.rule == "inverted_contrast"} == {None}
+
+
+def test_what_was_evident_is_tried_again_first_and_each_class_before_a_second_of_one(tmp_path: Path) -> None:
+    probe = Patch()
+    work: Any = SimpleNamespace(bench=SimpleNamespace(folder=tmp_path), spec=SimpleNamespace(replayed=3))
+
+    def search(setting: str, *hits: int) -> Search:
+        """One trigger a class, and how many of 100 fit samples each carries."""
+        sha256 = digests.of_json(setting)
+        save_file({"0": torch.zeros(len(hits), 1)}, tmp_path / f"search-{sha256[:16]}.safetensors")
+        found = tuple(FoundTrigger(c, Paired(n, 0, 100)) for c, n in enumerate(hits))
+        return Search(
+            "original", setting, "patch", "cold", "", (), True, None, 1, 1, 1, 1.0, sha256, found
+        )  # fmt: skip
+
+    searches = [search("fp32", 90, 10, 20), search("int8", 80, 70, 60)]
+
+    def tried(evident: set[tuple[str, int]]) -> list[tuple[str, int]]:
+        return [(k.origin, k.target_class) for k in best_known(searches, probe, work, evident)]
+
+    assert tried(set()) == [("fp32", 0), ("int8", 0), ("int8", 1)]
+    assert tried({("int8", 2)}) == [("int8", 2), ("fp32", 0), ("int8", 0)]
+    several = {("fp32", 0), ("int8", 0), ("int8", 1), ("fp32", 2), ("int8", 2)}
+    assert tried(several) == [("fp32", 0), ("int8", 1), ("int8", 2)]
 
 
 def test_evidence_and_locator_make_their_references_alike() -> None:

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -82,7 +83,7 @@ def test_each_mode_is_read_by_its_own_rule() -> None:
     for metric, mode in (("replay_lift", "replay"), ("warm_asr", "warm"), ("inverted_asr", "cold")):
         others = [search(other, 900) for other in MODES.values() if other != mode]
         rule = {"metric": metric, "at_most": 0.3, "settings": ["fp32"]}
-        (finding,) = findings(rule, search(mode, 10), *others)
+        (finding,) = findings(rule, search(mode, 10), *others, search("cold", 10, lane="original"))
         assert finding.passed is True, metric
 
 
@@ -118,12 +119,14 @@ def test_excess_over_clean_references_class_by_class(metric: str, mode: str) -> 
     rule = {"metric": f"{metric}_excess", "at_most": 0.25, "settings": ["fp32"]}
     references = {"references": ["a.safetensors"]}
     above = {"references": 1, "excess_class": 3}
-    (kept,) = findings(rule, search(mode, 10, excess=0.2, **above), **references)
-    (broken,) = findings(rule, search(mode, 10, excess=0.3, **above), **references)
+    original = search("cold", 10, lane="original")
+    (kept,) = findings(rule, search(mode, 10, excess=0.2, **above), original, **references)
+    (broken,) = findings(rule, search(mode, 10, excess=0.3, **above), original, **references)
     assert (kept.passed, broken.passed) == (True, False)
     assert "probe patch, class 3" in broken.message
     assert findings(rule, search(mode, 10), **references)[0].passed is None
-    (short,) = findings(rule, search(mode, 10, excess=0.2, steps=1, planned=40, **above), **references)
+    cut = search(mode, 10, excess=0.2, steps=1, planned=40, **above)
+    (short,) = findings(rule, cut, original, **references)
     assert short.passed is None
     with pytest.raises(PolicyError, match="give references"):
         findings(rule, search(mode, 10))
@@ -141,9 +144,10 @@ def test_contrast_is_read_of_the_probes_that_make_one(metric: str, mode: str) ->
         contrast = None if hits is None else Paired(hits, 0, N)
         return replace(plain, probe="contrast-patch", found=(replace(plain.found[0], contrast=contrast),))
 
-    (kept,) = findings(rule, found(100), **CONTRAST)
-    (broken,) = findings(rule, found(400), **CONTRAST)
-    (missing,) = findings(rule, found(None), **CONTRAST)
+    original = search("cold", 100, lane="original", probe="contrast-patch")
+    (kept,) = findings(rule, found(100), original, **CONTRAST)
+    (broken,) = findings(rule, found(400), original, **CONTRAST)
+    (missing,) = findings(rule, found(None), original, **CONTRAST)
     assert (kept.passed, broken.passed, missing.passed) == (True, False, None)
     for probes, changes in ((["l2"], CONTRAST), ("all", {})):
         with pytest.raises(PolicyError, match="contrast: true"):
@@ -187,12 +191,77 @@ def test_a_trigger_that_was_evident_and_was_not_tried_again_leaves_the_rule_unde
     assert "evidence.replayed" in finding.message
 
 
-def test_an_original_that_was_searched_too_briefly_leaves_what_is_evident_unknown() -> None:
-    rule = REPLAY | {"settings": ["fp32"], "evident": True}
-    original = search("cold", 100, lane="original", steps=10)
-    (finding,) = findings(rule, original, search("replay", 10))
+@pytest.mark.parametrize("evident", [False, True])
+@pytest.mark.parametrize("mode", ["replay", "warm"])
+@pytest.mark.parametrize(
+    ("originals", "message"),
+    [
+        ([search("cold", 100, lane="original", steps=10)], "original fp32 was cut short"),
+        ([search("cold", 100, lane="original", steps=0, unsearched="NaN")], "was not searched: NaN"),
+        ([], "0 searches of the original fp32"),
+        ([search("cold", 100, lane="original")] * 2, "2 searches of the original fp32"),
+    ],
+)
+def test_what_was_tried_again_says_nothing_where_an_original_was_not_searched(
+    originals: list[Search], message: str, mode: str, evident: bool
+) -> None:
+    rule = {"metric": f"{mode}_lift", "at_most": 0.2, "settings": ["fp32"], "evident": evident}
+    (finding,) = findings(rule, *originals, search(mode, 10))
     assert finding.passed is None
-    assert "original fp32 was cut short" in finding.message
+    assert message in finding.message
+    (found,) = findings(REPLAY | {"settings": ["fp32"]}, *originals, search("replay", 900))
+    assert found.passed is False, "a find stays one"
+
+
+def test_the_same_class_from_another_file_is_not_what_was_evident() -> None:
+    """In int8 .74 breaks a rule, in fp32 .75 breaks none; only the latter was replayed."""
+    rules = [
+        {"metric": "inverted_lift", "at_most": 0.8, "settings": ["fp32"]},
+        {"metric": "inverted_lift", "at_most": 0.4, "settings": ["int8"]},
+        {"metric": "replay_lift", "at_most": 0.08, "evident": True, "settings": ["int8"]},
+    ]
+    cold = [search("cold", 50, name) for name in ("fp32", "int8")]
+    originals = [search("cold", 750, lane="original"), search("cold", 740, "int8", lane="original")]
+    policy = make_policy(evidence={"preset": None, "probes": [{"kind": "patch"}], "rules": rules})
+    for origin, passed in (("fp32", None), ("int8", False)):
+        tried = search("replay", 600, "int8")
+        tried = replace(tried, found=(replace(tried.found[0], origin=origin),))
+        report = make_report()
+        searches = (*cold, *originals, tried)
+        report = replace(report, evidence=replace(report.evidence, searches=searches))
+        (finding,) = [f for f in judge(policy, report).findings if f.rule == "replay_lift"]
+        assert finding.passed is passed, origin
+
+
+def test_a_stored_search_stands_only_for_a_policy_that_asks_for_the_same() -> None:
+    section = {"preset": None, "probes": [{"kind": "patch"}], "rules": [LIFT]}
+    report = make_report()
+    evidence = replace(report.evidence, searches=(search("cold", 10),))
+    text = yaml.safe_dump({"evidence": section, "locate": {"methods": [{"kind": "latent-shift"}]}})
+    report = replace(report, evidence=evidence, policy_text=text)
+
+    def missing(**changes: Any) -> list[str]:
+        found = judge(make_policy(evidence=section | changes), report).findings
+        return [f.message for f in found if f.rule == "missing" and f.passed is None]
+
+    assert missing() == []
+    assert missing(rules=[LIFT | {"at_most": 0.1}]) == [], "limits are free"
+    assert "probes" in missing(probes=[{"kind": "patch", "steps": 500}])[0]
+    assert "samples" in missing(samples=5000)[0]
+    assert "references" in missing(references=["a.safetensors"])[0]
+    text = text.replace("kind: latent-shift", "kind: latent-shift\n    min_score: 9.0")
+    found = judge(make_policy(), replace(report, policy_text=text)).findings
+    (other,) = [f for f in found if f.rule == "missing"]
+    assert other.passed is None
+    assert "located with" in other.message
+
+
+def test_a_trace_that_no_layer_could_be_read_for_is_undecided() -> None:
+    for metric in ("ks", "edge"):
+        rule = {"metric": f"rounding_{metric}", "at_most": 6.0, "settings": ["int8"]}
+        (finding,) = findings(rule, rounding(0.0, **{metric: None}))
+        assert finding.passed is None
+        assert "too few residues" in finding.message
 
 
 PURIFIED = ("margin", "latent", "norm", "shift", "logit", "score")
@@ -233,6 +302,11 @@ def test_no_rule_can_read_what_a_purifier_optimizes() -> None:
                 ]
             },
             "counts what warp found",
+        ),
+        ({"rules": [LIFT, REPLAY]}, "binds int8, where no inverted_ rule reads what patch, l2, warp"),
+        (
+            {"rules": [ANY | {"settings": "all", "probes": ["patch"]}, REPLAY | {"probes": ["l2"]}]},
+            "no inverted_ rule reads what l2 finds",
         ),
         (
             {"rules": [LIFT], "preset": None, "probes": [{"kind": "l2"}], "warm": ["patch"]},

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from secure_export.policy import judge
-from secure_export.records.measured import UNREAD, Change, Count, Paired, Suspect, Unmeasured
+from secure_export.records.measured import COLLAPSED, UNREAD, Change, Count, Paired, Suspect, Unmeasured
 from secure_export.records.reported import Purification
 from tests.judging import (
     HOLDOUT,
@@ -40,6 +40,9 @@ CHANGED_NOTHING = replace(PURIFIED.artifact, changes=(Change("ort-static-int8", 
 OTHER_CHAIN = replace(INT8, steps=({"kind": "ort-static-int8", "per_channel": False},))
 AGAIN = Suspect("latent-shift", "int8", 2, (0.1, 0.2, 0.9))
 UNREADABLE = Suspect("latent-shift", "int8", None, (), {UNREAD: "no head in this file"})
+RUIN = Suspect(
+    "latent-shift", "fp32", None, (0.1, 0.2, 0.9), {COLLAPSED: True, "fit_acc": 0.1, "excess": 0.9}
+)
 
 BUILTIN: list[tuple[str, Any, str, str, bool | None, str]] = [
     (
@@ -146,6 +149,14 @@ BUILTIN: list[tuple[str, Any, str, str, bool | None, str]] = [
         "no head in this file",
     ),
     (
+        "decisive locator that took the model for a ruin",
+        make_report(suspects=(*make_report().suspects[:1], RUIN)),
+        "no-locator",
+        "fp32",
+        None,
+        "names no class of a collapsed model, and takes this for one: 10% of fit right",
+    ),
+    (
         "other trigger of that name",
         make_report(
             evidence=replace(make_report().evidence, known_triggers=({"name": "wave", "kind": "wanet"},))
@@ -183,6 +194,12 @@ def test_policy_says_what_becomes_of_an_unconfirmed_suspect(unconfirmed: str, ou
     finding = only(verdict.findings, "suspect-not-purified", "subject")
     assert finding.passed is (outcome == "released")
     assert f"unconfirmed: {unconfirmed}" in finding.message
+
+
+def test_a_ruin_that_does_not_ship_may_stay_unjudged() -> None:
+    report = make_report(suspects=(*make_report().suspects, replace(RUIN, setting="int8")))
+    assert judge(make_policy(), report).outcome == "released"
+    assert judge(make_policy(release=["fp32", "int8"]), report).outcome == "no_verdict"
 
 
 def test_locator_that_did_not_run_confirms_nothing_under_refuse() -> None:

@@ -50,7 +50,12 @@ def gather(policy: Policy, lanes: tuple[Results, Results], classes: int, bench: 
     work = work_of(policy.evidence, classes, bench)
     (_, originals), (_, purifieds) = lanes
     found = cold_searches(originals, work)
-    known = {name: best_known(found, probe, work) for name, probe in work.probes.items()}
+    spec, settings = policy.evidence, policy.expanded_settings()
+    heeded = any(rule.evident for rule in spec.rules)
+    known = {
+        name: best_known(found, probe, work, spec.evident(name, settings, found) if heeded else ())
+        for name, probe in work.probes.items()
+    }
     found += cold_searches(purifieds, work)
     found += tried_again(purifieds, known, work)
     if policy.evidence.references:
@@ -103,7 +108,7 @@ def _roundings(policy: Policy, lanes: tuple[Results, Results], bench: Bench) -> 
             try:
                 yield _rounding(lined, setting, result, bench)
             except NoVerdict as error:
-                empty = Rounding(result.lane, setting.name, 0, 0.0, 0.0, 0.0, 1.0, 0, (), None, 0.0)
+                empty = Rounding(result.lane, setting.name, 0, None, None, 0.0, 1.0, 0, (), None, 0.0)
                 yield replace(empty, unsearched=error.message)
 
 

@@ -56,7 +56,7 @@ def reading(lane: Lane, setting: str, source: Path, file: Path, fit: Split, *, s
     started = time.perf_counter()
     layers = rounded_layers(onnx.load(source), onnx.load(file), file.name)
     if not layers:
-        return Rounding(lane, setting, 0, 0.0, 0.0, 0.0, 1.0, 0, (), None, 0.0)
+        return Rounding(lane, setting, 0, None, None, 0.0, 1.0, 0, (), None, 0.0)
     residues = [residues_of(layer) for layer in layers]
     large = [residue for residue in residues if len(residue[residue.isfinite()]) >= FEWEST]
     twin = twins.of_onnx(source)
@@ -68,8 +68,8 @@ def reading(lane: Lane, setting: str, source: Path, file: Path, fit: Split, *, s
         lane=lane,
         setting=setting,
         layers=len(layers),
-        ks=max((distance_to_uniform(residue) for residue in large), default=0.0),
-        edge=max((over_the_edge(residue) for residue in large), default=0.0),
+        ks=max((distance_to_uniform(residue) for residue in large), default=None),
+        edge=max((over_the_edge(residue) for residue in large), default=None),
         z=z,
         p=p,
         draws=DRAWS,
@@ -83,7 +83,7 @@ def rounded_layers(source: ModelProto, quantized: ModelProto, file: str) -> list
     """Weights that are integers in `quantized` and floats of the same name in `source`.
 
     Raises:
-        CompressError: integer weights, but none that `source` knows, or further away than a step.
+        CompressError: integer weights that `source` does not know, or further away than a step.
     """
     floats = {t.name: t for t in source.graph.initializer if t.data_type == TensorProto.FLOAT}
     known = {t.name: t for t in quantized.graph.initializer}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from secure_export.locators import Locator
+from secure_export.records.measured import COLLAPSED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +34,7 @@ class SparesRuins(Locator):
         return {
             "fit_acc": acc,
             "excess": excess,
-            "collapsed": acc < self.min_acc or excess > self.max_excess,
+            COLLAPSED: acc < self.min_acc or excess > self.max_excess,
         }
 
 

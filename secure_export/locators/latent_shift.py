@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from secure_export.locators._collapse import SparesRuins
-from secure_export.records.measured import Suspect
+from secure_export.records.measured import UNREAD, Suspect
 from secure_export.records.memory import Progress, Split, View, silent
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class LatentShift(SparesRuins):
             scores[named] >= self.min_score and gap >= self.min_gap and agreement >= self.min_agreement
         )
         few = weight.shape[0] < FEWEST_CLASSES
+        why = f"with fewer than {FEWEST_CLASSES} classes the median norm is no reference"
         return Suspect(
             locator=self.kind,
             setting=view.setting,
@@ -64,7 +65,7 @@ class LatentShift(SparesRuins):
                 "gap": gap,
                 "agreement": agreement,
                 **ruin,
-                "few_classes": few,
+                **({UNREAD: why} if few else {}),
             },
         )
 

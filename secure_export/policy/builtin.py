@@ -7,8 +7,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
+from pydantic import ValidationError
+
+from secure_export.policy.evidence import EvidenceSpec
 from secure_export.policy.schema import Policy, Setting
-from secure_export.records.measured import UNREAD, Finding, Measurement, SettingResult, asked
+from secure_export.policy.yaml import parse
+from secure_export.records.measured import COLLAPSED, UNREAD, Finding, Measurement, SettingResult, asked
 from secure_export.records.reported import Report, ReportedSetting
 
 
@@ -21,6 +25,7 @@ def builtin_findings(policy: Policy, report: Report) -> Iterator[Finding]:
         else:
             yield from _setting(setting, reported.purified, purified=report.purification is not None)
     yield from _triggers(policy, report)
+    yield from _asked_otherwise(policy, report)
     yield from _purification(report)
     yield from _locators(policy, report)
     yield from _suspects(policy, report)
@@ -105,6 +110,30 @@ def _triggers(policy: Policy, report: Report) -> Iterator[Finding]:
             yield _finding("missing", "all", None, message)
 
 
+def _asked_otherwise(policy: Policy, report: Report) -> Iterator[Finding]:
+    """Where a stored report was located or searched otherwise than this policy asks."""
+    if not report.policy_text or policy.sha256 == report.policy_sha256:
+        return
+    before, _ = parse(report.policy_text, report.policy_path)
+    heard = [m for m in policy.locate.methods if m["kind"] in policy.locate.decisive]
+    located = (before.get("locate") or {}).get("methods") or []
+    for method in heard:
+        if _plain(method) not in [_plain(one) for one in located]:
+            message = f"located with {located or 'nothing'}, the policy asks for {method}"
+            yield _finding("missing", "all", None, message)
+    if policy.evidence is None:
+        return
+    try:
+        asked_for = EvidenceSpec.model_validate_json(json.dumps(before.get("evidence"), default=str))
+    except ValidationError:
+        yield _finding("missing", "all", None, "the report's own policy has no evidence section")
+        return
+    for key, wanted in policy.evidence.effort.items():
+        if _plain(asked_for.effort[key]) != _plain(wanted):
+            message = f"searched with {key} {asked_for.effort[key]}, the policy asks for {wanted}"
+            yield _finding("missing", "all", None, message)
+
+
 def _purification(report: Report) -> Iterator[Finding]:
     pairs = [(setting.original.artifact, setting.purified.artifact) for setting in report.settings]
     both = [(original.sha256, purified.sha256) for original, purified in pairs if original and purified]
@@ -114,7 +143,11 @@ def _purification(report: Report) -> Iterator[Finding]:
 
 
 def _locators(policy: Policy, report: Report) -> Iterator[Finding]:
-    """A locator whose word counts must have spoken, and have been able to read what it spoke of."""
+    """A locator whose word counts must have spoken, and have been able to judge what it spoke of.
+
+    What is compressed on trial and does not ship may be a ruin, of which nobody can name a class.
+    """
+    spared = {one.name for one in policy.expanded_settings() if one.steps and not one.released}
     for method in policy.locate.methods:
         kind = method["kind"]
         if kind not in policy.locate.decisive and policy.locate.unconfirmed == "accept":
@@ -125,6 +158,13 @@ def _locators(policy: Policy, report: Report) -> Iterator[Finding]:
         for suspect in spoken:
             if UNREAD in suspect.evidence:
                 message = f"{kind} could not read this setting: {suspect.evidence[UNREAD]}"
+                yield _finding("no-locator", suspect.setting, None, message)
+            elif suspect.evidence.get(COLLAPSED) and suspect.setting not in spared:
+                acc, excess = suspect.evidence["fit_acc"], suspect.evidence["excess"]
+                message = (
+                    f"{kind} names no class of a collapsed model, and takes this for one: {acc:.0%} of fit "
+                    f"right, one class predicted for {excess:.0%} too many (min_acc, max_excess)"
+                )
                 yield _finding("no-locator", suspect.setting, None, message)
 
 

@@ -97,6 +97,26 @@ def _coverage(policy: Policy) -> Iterator[Problem]:
             yield Problem(
                 places[()], f"no acc or acc_drop rule binds setting {setting.name!r}, which is released"
             )
+        yield from _searches(policy, setting, places[()])
+
+
+def _searches(policy: Policy, setting: Setting, place: Loc) -> Iterator[Problem]:
+    """Where nothing was purified or evident, rules on replay leave it to the search on the file itself, so a
+    rule must read that; and a file that another tool made is never purified."""
+    spec = policy.evidence
+    if spec is None:
+        return
+    if policy.subject.artifact is not None and not any(spec.asks(setting, probe) for probe in spec.names):
+        yield Problem(place, "no inverted_ rule binds a file of another tool: give one `settings: released`")
+    for index, rule in enumerate(spec.rules):
+        if rule.mode in ("replay", "warm") and rule.binds(setting):
+            unread = [probe for probe in spec.read_by(rule) if not spec.asks(setting, probe)]
+            if unread:
+                yield Problem(
+                    ("evidence", "rules", index),
+                    f"{rule.metric} binds {setting.name}, where no inverted_ rule reads what "
+                    f"{', '.join(unread)} finds: give one for it",
+                )
 
 
 def _compared(policy: Policy) -> Iterator[Problem]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, model_validator
 
 from secure_export.policy._base import PluginSpec, Section, selection
-from secure_export.records.searches import probe_name
+from secure_export.records.searches import Search, probe_name
 
 Metric = Literal[
     "inverted_asr",
@@ -227,6 +227,18 @@ class EvidenceSpec(Section):
         return self.probes or (PRESETS[self.preset] if self.preset else ())
 
     @property
+    def effort(self) -> Mapping[str, Any]:
+        """What a search is determined by, by the name that a policy gives it."""
+        same = ("samples", "scored", "replayed", "seconds")
+        return {
+            "probes": self.specs,
+            "warm": self.warmed,
+            "references": len(self.references),
+            "forget": self.forget.model_dump(),
+            **{name: getattr(self, name) for name in same},
+        }
+
+    @property
     def names(self) -> tuple[str, ...]:
         """What they are called: their kind, and `contrast-` before it where they make one."""
         return tuple(probe_name(str(probe["kind"]), probe.get("contrast") is True) for probe in self.specs)
@@ -272,6 +284,26 @@ class EvidenceSpec(Section):
             and counted[rule.reading] > rule.limit
             for rule in self.rules
         )
+
+    def asks(self, setting: Bound, probe: str) -> bool:
+        """Whether a rule reads what a cold search with this probe found on this setting's file."""
+        return any(
+            rule.mode == "cold" and probe in self.read_by(rule) and rule.binds(setting) for rule in self.rules
+        )
+
+    def evident(
+        self, probe: str, settings: Iterable[Bound], searches: Iterable[Search]
+    ) -> set[tuple[str, int]]:
+        """(setting, class) of what a probe found on original files that breaks a rule there."""
+        bound = {setting.name: setting for setting in settings}
+        return {
+            (search.setting, found.target_class)
+            for search in searches
+            if (search.lane, search.probe, search.mode) == ("original", probe, "cold")
+            and search.setting in bound
+            for found in search.found
+            if self.broken(bound[search.setting], probe, found.counted)
+        }
 
     @property
     def compared_again(self) -> bool:

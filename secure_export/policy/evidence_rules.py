@@ -86,6 +86,8 @@ def _searched(
     if not kinds:
         yield Reading("", None, 0, why="no probe is searched this way")
     for kind in kinds:
+        if rule.mode in ("replay", "warm"):
+            yield from _untold(kind, spec, policy, report)
         searches = _purified(rule, kind, setting, report)
         if len(searches) != 1:
             yield Reading(
@@ -108,45 +110,40 @@ def _searched(
                 yield Reading(where, compared, search.references, why=why)
             continue
         if rule.evident:
-            evident = _evident(kind, spec, policy, report)
-            yield from _unknown(evident, search, report)
+            evident = spec.evident(kind, policy.expanded_settings(), report.evidence.searches)
             scored = [one for one in scored if (one[0].origin, one[0].target_class) in evident]
+            for named in sorted({c for _, c in evident} - {found.target_class for found, _ in scored}):
+                why = "broke a rule on an original file and was not tried again: raise evidence.replayed"
+                yield Reading(f"probe {kind}, class {named}", None, 0, why=why)
         for found, value in scored:
             where = f"probe {kind}, class {found.target_class}"
             where += f", from {found.origin}" if found.origin else ""
             yield Reading(where, value, value.total, why=why)
 
 
-def _evident(kind: str, spec: EvidenceSpec, policy: Policy, report: Report) -> set[tuple[str, int]]:
-    """(setting, class) of what a probe found on original files that breaks a rule there."""
-    settings = {setting.name: setting for setting in policy.expanded_settings()}
-    return {
-        (search.setting, found.target_class)
-        for search in report.evidence.searches
-        if (search.lane, search.probe, search.mode) == ("original", kind, "cold")
-        and search.setting in settings
-        for found in search.found
-        if spec.broken(settings[search.setting], kind, _counted(found))
-    }
+def _untold(kind: str, spec: EvidenceSpec, policy: Policy, report: Report) -> Iterator[Reading]:
+    """Original files that the policy asks about and that were not searched to the end.
 
-
-def _counted(found: FoundTrigger) -> dict[str, float]:
-    """What was counted on the holdout, by what rules read."""
-    counted = {"lift": found.lift, "contrast": found.contrast}
-    rates = {reading: one.difference for reading, one in counted.items() if one is not None}
-    return rates if found.asr is None else rates | {"asr": found.asr.rate}
-
-
-def _unknown(evident: set[tuple[str, int]], search: Search, report: Report) -> Iterator[Reading]:
-    """Classes that broke a rule and were not tried again, and originals searched too briefly to tell."""
-    for named in sorted({c for _, c in evident} - {found.target_class for found in search.found}):
-        why = "broke a rule on an original file and was not tried again: raise evidence.replayed"
-        yield Reading(f"probe {search.probe}, class {named}", None, 0, why=why)
-    for before in report.evidence.searches:
-        same = (before.lane, before.probe, before.mode) == ("original", search.probe, "cold")
-        if same and before.steps < before.planned and not before.unsearched:
-            why = f"the search on the original {before.setting} was cut short, so more may be evident there"
-            yield Reading(f"probe {search.probe}", None, 0, why=why)
+    More may be found there than what was tried again, so nothing that was tried says enough.
+    """
+    for setting in policy.expanded_settings():
+        if not spec.asks(setting, kind):
+            continue
+        before = [
+            search
+            for search in report.evidence.searches
+            if (search.lane, search.setting, search.probe, search.mode)
+            == ("original", setting.name, kind, "cold")
+        ]
+        if len(before) != 1:
+            why = f"{len(before)} searches of the original {setting.name} in the report, expected one"
+        elif before[0].unsearched:
+            why = f"the original {setting.name} was not searched: {before[0].unsearched}"
+        elif before[0].steps < before[0].planned:
+            why = f"the search on the original {setting.name} was cut short, so more may be found there"
+        else:
+            continue
+        yield Reading(f"probe {kind}", None, 0, why=why)
 
 
 def _value(rule: EvidenceRule, found: FoundTrigger) -> Count | Paired | None:
@@ -177,7 +174,9 @@ def _rounded(rule: EvidenceRule, setting: Setting, report: Report) -> Iterator[R
         return
     named = rounding.target_class
     where = f"{rounding.layers} layers" + (f", towards class {named}" if named is not None else "")
-    yield Reading(where, float(getattr(rounding, rule.reading)), rounding.layers)
+    value: float | None = getattr(rounding, rule.reading)
+    why = "" if value is not None else "too few residues in every layer"
+    yield Reading(where, value, rounding.layers, why=why)
 
 
 def _effort(rule: EvidenceRule, spec: EvidenceSpec, setting: Setting, report: Report) -> str:

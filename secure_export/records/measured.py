@@ -94,7 +94,9 @@ class Unmeasured:
 
 
 UNREAD = "unread"
-"""Key of Suspect.evidence under which a locator that could not read the file says why; never a pass."""
+"""Key of Suspect.evidence under which a locator that could not judge the file says why; never a pass."""
+COLLAPSED = "collapsed"
+"""Key of Suspect.evidence: whether the locator took the model for a ruin, of which it names no class."""
 
 
 PURIFY_AGAIN = "purify"

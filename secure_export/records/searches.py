@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,6 +41,13 @@ class FoundTrigger:
     def on_fit(self) -> float:
         """By what triggers are ranked before anything touches the holdout."""
         return (self.fit_contrast or self.fit).difference
+
+    @property
+    def counted(self) -> Mapping[str, float]:
+        """What was counted on the holdout, by what rules read."""
+        counts = {"lift": self.lift, "contrast": self.contrast}
+        rates = {reading: one.difference for reading, one in counts.items() if one is not None}
+        return rates if self.asr is None else rates | {"asr": self.asr.rate}
 
 
 @dataclass(frozen=True)
@@ -99,10 +107,11 @@ class Rounding:
     lane: Lane
     setting: str
     layers: int
-    ks: float
-    """Largest Kolmogorov-Smirnov distance of a layer's residues to uniform, times sqrt(n)."""
-    edge: float
-    """Largest top singular value of a layer's residues, in units of the random-matrix edge."""
+    ks: float | None
+    """Largest Kolmogorov-Smirnov distance of a layer's residues to uniform, times sqrt(n); None: in no layer
+    are there enough of them."""
+    edge: float | None
+    """Largest top singular value of a layer's residues, in units of the random-matrix edge; None as above."""
     z: float
     """Effect of the rounding on the mean logits, in standard deviations of random signs."""
     p: float
