@@ -15,7 +15,14 @@ import click
 from secure_export import __version__
 from secure_export.errors import NoVerdict, PolicyError, SecureExportError
 from secure_export.factories import LONGEST, escaped
-from secure_export.options import env, json_option, overrides, policy_option, subject_options
+from secure_export.options import (
+    SHIPPED_ONES,
+    env,
+    json_option,
+    overrides,
+    policy_option,
+    subject_options,
+)
 from secure_export.records.measured import EXIT_CODES
 
 EPILOG = """\b
@@ -212,7 +219,11 @@ def report(run_dir: Path, form: str, output: Path | None) -> None:
 
 def _given_paths(policy: Any) -> list[tuple[str, str | None]]:
     subject = policy.subject
-    return [("model", subject.model), ("artifact", subject.artifact), ("data", policy.data.path)]
+    data = policy.data
+    return [
+        *(("model", subject.model), ("artifact", subject.artifact)),
+        *(("data", data.path), ("holdout data", data.holdout_path)),
+    ]
 
 
 def _policy(name: str, given: dict[str, Any]) -> Any:
@@ -228,7 +239,10 @@ def _found(name: str) -> Path:
     path = Path(name)
     if path.exists() or path.suffix:
         return path
-    return shipped(name) or path
+    found = shipped(name)
+    if found is None:
+        raise PolicyError(f"no file {name!r}, and no policy of that name ships", hint=SHIPPED_ONES)
+    return found
 
 
 def _report_of(run_dir: Path) -> Path:

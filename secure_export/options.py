@@ -10,6 +10,7 @@ import click
 from secure_export.errors import PolicyError
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+SHIPPED_ONES = "strict, balanced, blind, smoke"
 
 
 def env(name: str, *spellings: str, **options: Any) -> Decorator:
@@ -23,7 +24,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 
 def policy_option() -> Decorator:
     """--policy, shared by the commands that read one."""
-    text = "Policy file, or the name of a shipped one: strict, balanced, blind, smoke."
+    text = f"Policy file, or the name of a shipped one: {SHIPPED_ONES}."
     return env("policy", "--policy", "-p", required=True, help=text)
 
 
@@ -41,6 +42,7 @@ def subject_options(command: Callable[..., Any]) -> Callable[..., Any]:
         env("holdout_data", "--holdout-data", help="Where the holdout comes from, if not from --data."),
         env("holdout", "--holdout", type=int, help="Samples for measuring; default all that are left."),
         env("resize", "--resize", help="HEIGHTxWIDTH, for images of several sizes."),
+        env("channels", "--channels", type=int, help="Of the images: 1 for grey ones; default 3."),
         env("seed", "--seed", type=int, help="Of splits, locators and purifiers."),
         click.option("--no-purify", is_flag=True, help="Measure and judge the model as it is."),
     ]
@@ -60,6 +62,7 @@ def overrides(given: dict[str, Any]) -> dict[str, Any]:
         "data": "data.path",
         "holdout_data": "data.holdout_path",
         "holdout": "data.holdout",
+        "channels": "data.channels",
         "seed": "seed",
     }
     found = {key: given[name] for name, key in keys.items() if given.get(name) is not None}

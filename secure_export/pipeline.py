@@ -143,9 +143,11 @@ def gate(
 def load(policy: Policy, progress: Progress) -> tuple[Subject, Splits]:
     """The clean samples, and the untrusted checkpoint as a model over the same raw inputs."""
     wanted = policy.subject
-    if wanted.model is None or wanted.architecture is None:
+    if wanted.model is None:
+        raise PolicyError("no model to work on", hint="give --model, or subject.model in the policy")
+    if wanted.architecture is None:
         raise PolicyError(
-            "no model to work on", hint="give --model and --arch, or subject.model in the policy"
+            f"{Path(wanted.model).name} needs an architecture", hint="give --arch, e.g. timm:resnet18"
         )
     path = Path(wanted.model)
     if not path.is_file():

@@ -128,7 +128,7 @@ def _listed(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
 
 
 def _visible(entry: Path) -> bool:
-    return not entry.name.startswith(".")
+    return not entry.name.startswith((".", "__MACOSX"))
 
 
 def _decoded(file: Path, resize: tuple[int, int] | None, channels: int | None) -> NDArray[np.uint8]:

@@ -143,6 +143,23 @@ def test_validate_names_a_missing_model() -> None:
     code, output = invoke("validate", "-p", "smoke", "--model", "nowhere.safetensors")
     assert code == 4
     assert "nowhere.safetensors" in output
+    code, output = invoke("validate", "-p", "smoke", "--holdout-data", "nowhere")
+    assert code == 4
+    assert "holdout data" in output
+
+
+def test_a_name_that_no_policy_has_is_told_which_ship() -> None:
+    code, output = invoke("validate", "-p", "smok")
+    assert code == 2
+    assert "strict, balanced, blind, smoke" in output
+
+
+def test_a_model_without_an_architecture_is_told_so(tmp_path: Path) -> None:
+    code, output = invoke(
+        "run", "-p", "smoke", "--model", "m.safetensors", "--out", str(tmp_path / "run"), "-q"
+    )
+    assert code == 2
+    assert "m.safetensors needs an architecture" in output
 
 
 def test_list_shows_every_plugin_with_a_summary() -> None:

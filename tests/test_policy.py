@@ -118,6 +118,7 @@ def test_overrides_win_over_the_file() -> None:
         ),
         ({"data.resize": [0, 3]}, "command line or environment: data.resize.0: "),
         ({"data.fits": 3}, "command line or environment: data.fits: unknown key, did you mean 'fit'?"),
+        ({"model": "m"}, "command line or environment: model: unknown key, did you mean 'subject.model'?"),
         (
             {"version.number": 3},
             "command line or environment: version.number: version is no mapping in p.yaml",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from secure_export.records.measured import SettingResult, Unmeasured, Verdict
+from secure_export.records.measured import COLLAPSED, UNREAD, SettingResult, Suspect, Unmeasured, Verdict
 from secure_export.records.reported import Report
 from secure_export.report.documents import documents, save
 from secure_export.report.html import to_html
@@ -55,6 +56,39 @@ def test_names_from_outside_cannot_write_markup() -> None:
     page = to_html(dataclasses.replace(report, subject=subject, policy_text=hostile))
     assert hostile not in page
     assert "&lt;script&gt;" in page
+
+
+@pytest.mark.parametrize("draw", [to_html, to_markdown])
+def test_what_flags_said_instead_of_the_policy_is_told(draw: Callable[[Report], str]) -> None:
+    text = draw(dataclasses.replace(sample_report(), overrides={"purify": None, "seed": 5}))
+    assert "purify: off, seed: 5" in text
+    assert "command line" in text
+    assert "command line" not in draw(sample_report())
+
+
+@pytest.mark.parametrize("draw", [to_html, to_markdown])
+def test_a_locator_that_judged_nothing_does_not_say_that_there_is_nothing(
+    draw: Callable[[Report], str],
+) -> None:
+    silent = (
+        Suspect("latent-shift", "fp32", None, (0.1, 0.2), {UNREAD: "too few classes"}),
+        Suspect("latent-shift", "int8", None, (0.1, 0.2), {COLLAPSED: True}),
+    )
+    report = dataclasses.replace(sample_report(), suspects=silent, purification=None, disagreements=())
+    text = draw(report)
+    assert "latent-shift could not read the weights on fp32" in text
+    assert "latent-shift did not judge, the model having collapsed, on int8" in text
+    assert "names no class" not in text
+    assert "not known" in text
+
+
+def test_no_name_can_steer_a_terminal_that_shows_the_report() -> None:
+    report = sample_report()
+    names = ("\x1b[31mred", *report.subject.class_names[1:])
+    text = to_markdown(
+        dataclasses.replace(report, subject=dataclasses.replace(report.subject, class_names=names))
+    )
+    assert "\x1b" not in text
 
 
 def bare(report: Report) -> Report:

@@ -55,13 +55,19 @@ __all__ = [
 ]
 
 MAX_BYTES = 1_000_000
-KEYS = sorted(
-    key
+SECTIONS: Mapping[str, type[BaseModel]] = {
+    "subject": SubjectSpec,
+    "data": DataSpec,
+    "locate": Locate,
+    "evidence": EvidenceSpec,
+}
+KEYS = {
+    key: key
     for module in (schema, evidence)
     for section in vars(module).values()
     if isinstance(section, type) and issubclass(section, BaseModel)
     for key in section.model_fields
-)
+} | {key: f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields}
 
 
 def shipped(name: str) -> Path | None:

@@ -203,7 +203,7 @@ def _build(
         plugin: registry.Plugin = registry.build(base, family, spec)
     except PolicyError as error:
         if isinstance(error.__cause__, ValidationError):
-            known = registry.load(family, spec["kind"]).model_fields
+            known = {key: key for key in registry.load(family, spec["kind"]).model_fields}
             details = error.__cause__.errors()
             for detail in details:
                 detail["loc"] = (*loc, *detail["loc"])

@@ -80,8 +80,8 @@ class Source:
         ordered = sorted(set(problems), key=lambda p: (self.values.get(p.loc, (0, 0)), str(p.loc), p.message))
         return PolicyError("\n".join(dict.fromkeys(self.describe(problem) for problem in ordered)), hint=hint)
 
-    def problems(self, errors: Iterable[ErrorDetails], known: Iterable[str]) -> list[Problem]:
-        """pydantic's errors as Problems; `known` are the keys to guess from when one is unknown."""
+    def problems(self, errors: Iterable[ErrorDetails], known: Mapping[str, str]) -> list[Problem]:
+        """pydantic's errors as Problems; `known` are the keys to guess from, each with its place."""
         # A list whose every item is wrong also counts as too short: only the items are worth a line.
         return [
             self._problem(error, known)
@@ -95,7 +95,7 @@ class Source:
             loc[: len(place)] == place or place[: len(loc)] == loc for place in self.overridden
         )
 
-    def _problem(self, error: ErrorDetails, known: Iterable[str]) -> Problem:
+    def _problem(self, error: ErrorDetails, known: Mapping[str, str]) -> Problem:
         kind, given = error["type"], error["input"]
         loc: Loc = ()
         for part in error[
@@ -104,9 +104,11 @@ class Source:
             if kind == "missing" or self._stands((*loc, part)):
                 loc = (*loc, part)
         if kind == "extra_forbidden":
-            close = difflib.get_close_matches(str(loc[-1]), known, n=1)
+            key = str(loc[-1])
+            close = difflib.get_close_matches(key, known, n=1)
+            meant = [known[key]] if key in known else close
             return Problem(
-                loc, "unknown key" + (f", did you mean {close[0]!r}?" if close else ""), at_key=True
+                loc, "unknown key" + (f", did you mean {meant[0]!r}?" if meant else ""), at_key=True
             )
         if kind == "value_error":
             return Problem(loc, str(error["ctx"]["error"]))

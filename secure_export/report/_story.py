@@ -172,6 +172,11 @@ def released_files(report: Report) -> tuple[Artifact, ...]:
     return tuple(artifact for artifact in shipped if artifact is not None)
 
 
+def shipped_name(artifact: Artifact) -> str:
+    """What the file is called in a release."""
+    return f"{artifact.setting}{artifact.path.suffix}"
+
+
 def numbers(finding: Finding) -> str:
     """Observed, bound, limit, n and samples still needed, as far as the finding has them."""
     parts = [

@@ -36,7 +36,7 @@ def to_markdown(report: Report) -> str:
 
 def escape(text: object) -> str:
     """`text` on one line with everything that Markdown or HTML would act on made harmless."""
-    line = " ".join(str(text).split())
+    line = "".join(c for c in " ".join(str(text).split()) if c.isprintable())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return _EDGE_UNDERSCORE.sub(r"\\_", _ACTIVE.sub(r"\\\1", line))
 
@@ -151,7 +151,7 @@ def _files(report: Report) -> Iterator[str]:
         return
     yield from _table(
         ("setting", "file", "sha256", "bytes"),
-        ((file.setting, file.path.name, file.sha256, file.size) for file in files),
+        ((file.setting, story.shipped_name(file), file.sha256, file.size) for file in files),
     )
 
 
