@@ -1,6 +1,6 @@
 """What references made on the spot still know: `python -m benchmarks.forgetting MODEL...`.
 
-Of every model and two references of it: samples right on fit and on 500 test images, and triggered ones that
+Of every model and the references of it: samples right on fit and on 500 test images, and triggered ones that
 reach the target. References are to keep the task and to lose the trigger.
 """
 
@@ -19,10 +19,10 @@ from benchmarks import cards, sources
 from benchmarks.defences import load
 from benchmarks.evidence import bench_of
 from secure_export.environment import versions
-from secure_export.forgetting import forgotten, references
+from secure_export.forgetting import JUDGES, forgotten, references
 from secure_export.lane import Bench
 
-SAMPLES = 500
+SAMPLES, SEEDS = 500, range(1 + JUDGES)
 RESULTS = Path(__file__).parent / "results" / "forgetting.json"
 
 
@@ -55,7 +55,7 @@ def known(predict: Callable[[Tensor], Tensor], bench: Bench, target: int) -> dic
 def main(
     models: tuple[Path, ...], noise: float, steps: int, dataset: str, cache: Path, folder: Path, out: Path
 ) -> None:
-    """Make two references of every model and add what they know to the results."""
+    """Make the references of every model and add what they know to the results."""
     torch.set_num_threads(1)
     data = sources.named(dataset, cache, None)
     stored: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {"rows": {}}
@@ -63,11 +63,14 @@ def main(
         card = cards.read(path.with_suffix(".json"))
         bench, model = bench_of(card, data, folder, SAMPLES), load(path, card).eval()
         fit = bench.splits.fit
-        first, second = (forgotten(model, fit, noise=noise, steps=steps, seed=seed) for seed in (0, 1))
-        others = references(model, (first, second), fit, least=0)
-        row = [known(one, bench, card["target_class"]) for one in (model, others.avoided, others.judge)]
+        made = [forgotten(model, fit, noise=noise, steps=steps, seed=seed) for seed in SEEDS]
+        others = references(model, made, fit, least=0)
+        asked = (model, others.avoided, *others.judges)
+        row = [known(one, bench, card["target_class"]) for one in asked]
         stored["rows"][f"{path.parent.name}/{path.stem} noise {noise:g}, {steps} steps"] = row
-        out.write_text(json.dumps(stored | {"seeds": [0, 1], "versions": dict(versions())}, indent=1) + "\n")
+        out.write_text(
+            json.dumps(stored | {"seeds": list(SEEDS), "versions": dict(versions())}, indent=1) + "\n"
+        )
         cells = [", ".join(f"{name} {hits / of:.3f}" for name, (hits, of) in one.items()) for one in row]
         click.echo(f"{path.parent.name}/{path.stem}, noise {noise:g}, {steps} steps: " + " | ".join(cells))
 

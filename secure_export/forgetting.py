@@ -7,7 +7,7 @@ result is a reference made on the spot: what is natural to task and network, bot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,12 +30,16 @@ much that is natural would tell it from the model: on a narrow network that kept
 false alarms (docs/evidence.md)."""
 
 
+JUDGES = 2
+"""Forgetting is uneven: of stripes one reference kept .07 and the next .65 (docs/evidence.md)."""
+
+
 @dataclass(frozen=True)
 class References:
-    """Two models that forgot, each in its own way: searches work against one, the other judges the finds."""
+    """Models that forgot, each in its own way: searches work against one, the others judge the finds."""
 
     avoided: Callable[[Tensor], Tensor]
-    judge: Callable[[Tensor], Tensor]
+    judges: tuple[Callable[[Tensor], Tensor], ...]
 
 
 def weighted(
@@ -105,27 +109,27 @@ def forgotten(
 @torch.no_grad()
 def references(
     twin: Callable[[Tensor], Tensor],
-    pair: tuple[Weights, Weights],
+    forgetful: Sequence[Weights],
     fit: Split,
     least: float = LEAST_RELEARNED,
 ) -> References:
-    """The twin with either weights of a pair that forgot, once they have proved to know the task again.
+    """The twin with weights that forgot, once all have proved to know the task again; the first is avoided.
 
     Raises:
         CompressError: one of them has less than `least` of what the twin has right on fit.
     """
     _, call = weighted(twin)
-    avoided, judge = (partial(_reweighted, call, weights) for weights in pair)
+    made: list[Callable[[Tensor], Tensor]] = [partial(_reweighted, call, one) for one in forgetful]
     inputs = fit.floats()
     before, *after = (
-        float((logits(inputs).argmax(1) == fit.labels).double().mean()) for logits in (twin, avoided, judge)
+        float((logits(inputs).argmax(1) == fit.labels).double().mean()) for logits in (twin, *made)
     )
     if min(after) < least * before:
         raise CompressError(
             f"a reference has {min(after):.0%} of fit right, the model {before:.0%}: too little to compare",
             hint="let it learn again for more steps, or give it less noise",
         )
-    return References(avoided, judge)
+    return References(made[0], tuple(made[1:]))
 
 
 def _reweighted(call: Callable[[Tensor, Weights], Tensor], weights: Weights, inputs: Tensor) -> Tensor:

@@ -176,7 +176,7 @@ def test_killed_and_run_again(gate: Gate, module: Any, stage: str, monkeypatch: 
         with pytest.raises(Killed):
             gate.run()
     (gate.out / "ledger" / "measurement-0.partial").write_bytes(b"{")
-    (gate.out / "work" / ".half-made.onnx.x1").mkdir()
+    (gate.out / "work" / ".0123456789abcdef.onnx.ab12cd34").mkdir()
     assert not (gate.out / "release").exists()
     assert gate.run().exit_code == 0
     assert [path.name for path in (gate.out / "work").iterdir() if path.name.startswith(".")] == []

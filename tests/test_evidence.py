@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from secure_export import digests, lane
+from secure_export.evidence import one
 from secure_export.evidence.one import best_known
-from secure_export.forgetting import LEAST_RELEARNED
+from secure_export.forgetting import LEAST_RELEARNED, References
 from secure_export.locators.contrast_inversion import ContrastInversion
 from secure_export.policy import ForgetSpec
 from secure_export.probes.patch import Patch
@@ -94,6 +95,20 @@ def test_backdoor_stands_out_from_the_same_file_that_forgot(
     assert {f.passed for f in report.verdict.findings if f.rule == "inverted_contrast"} == {None}
 
 
+@pytest.mark.parametrize("knowing", [(False, True), (True, False), (True, True)])
+def test_the_reference_that_forgot_most_judges(
+    knowing: tuple[bool, ...], run_toy: RunToy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one reference still knows the trigger and another does not, the latter's word counts."""
+    judges = tuple(toys.awake() if knows else toys.clean() for knows in knowing)
+    made = References(toys.clean(), judges)
+    monkeypatch.setattr(one, "references_of", lambda *_: made)
+    rules = [{"metric": "inverted_contrast", "at_most": 0.5}]
+    section = EVIDENCE | {"probes": [PATCH | {"contrast": True}], "rules": rules}
+    report = run_toy(toys.awake(), settings=[FP32], release=["fp32"], evidence=section)
+    assert failed(report, "inverted_contrast") == (set() if all(knowing) else {"fp32"})
+
+
 def test_what_was_evident_is_tried_again_first_and_each_class_before_a_second_of_one(tmp_path: Path) -> None:
     probe = Patch()
     work: Any = SimpleNamespace(bench=SimpleNamespace(folder=tmp_path), spec=SimpleNamespace(replayed=3))
@@ -120,7 +135,7 @@ def test_what_was_evident_is_tried_again_first_and_each_class_before_a_second_of
 
 def test_evidence_and_locator_make_their_references_alike() -> None:
     spec, locator = ForgetSpec(), ContrastInversion()
-    assert (spec.noise, spec.steps) == (locator.noise, locator.forget_steps)
+    assert (spec.noise, spec.steps, spec.judges) == (locator.noise, locator.forget_steps, locator.judges)
     assert spec.relearned == LEAST_RELEARNED
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def references_of(file: Opened, spec: ForgetSpec, bench: Bench) -> References:
-    """Two references of one file.
+    """The references of one file: one that searches avoid, and the judges.
 
     Raises:
         CompressError: the file has no twin with weights, or a reference did not learn the task again.
@@ -48,4 +48,5 @@ def references_of(file: Opened, spec: ForgetSpec, bench: Bench) -> References:
         ledger.enter(known, *determined_by)
         return made
 
-    return references(twin, (weights(bench.seed), weights(bench.seed + 1)), fit, spec.relearned)
+    made = [weights(bench.seed + number) for number in range(1 + spec.judges)]
+    return references(twin, made, fit, spec.relearned)

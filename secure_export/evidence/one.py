@@ -201,16 +201,22 @@ def _scored(
     every = range(len(raw.classes))
     fit = judged_on(work.bench.splits.fit, torch.Generator().manual_seed(work.bench.seed))
 
-    def contrasts(rows: Sequence[int], made: Perturbation, split: Split) -> Sequence[Paired | None]:
+    def contrasts(rows: Sequence[int], made: Perturbation, split: Split) -> list[tuple[Paired, ...]]:
+        """Of every trigger, with each judge."""
         targets = [raw.classes[i] for i in rows]
-        return (
-            contrasted(file.predictor, others.judge, split, made, targets) if others else [None] * len(rows)
-        )
+        judges = others.judges if others else ()
+        each = [contrasted(file.predictor, judge, split, made, targets) for judge in judges]
+        return list(zip(*each, strict=True)) or [()] * len(rows)
 
     on_fit = contrasts(every, probe.perturbation(raw.free, _shape(work)), fit)
+    # Chosen on fit, so that the count on the holdout is of one judge and its bound is exact.
+    least_obedient = [max(range(len(one)), key=lambda j: one[j].difference, default=0) for one in on_fit]
     found = [
         FoundTrigger(
-            raw.classes[i], raw.lift[i], fit_contrast=on_fit[i], origin=known[i].origin if known else ""
+            raw.classes[i],
+            raw.lift[i],
+            fit_contrast=on_fit[i][least_obedient[i]] if on_fit[i] else None,
+            origin=known[i].origin if known else "",
         )
         for i in every
     ]
@@ -218,7 +224,8 @@ def _scored(
     chosen = order if known else order[: work.spec.scored]
     made = probe.perturbation([variable[chosen] for variable in raw.free], _shape(work))
     counts = counted(file.predictor, work.scored_on, made, [raw.classes[i] for i in chosen])
-    for i, (asr, lift), contrast in zip(chosen, counts, contrasts(chosen, made, work.scored_on), strict=True):
+    for i, (asr, lift), by_judge in zip(chosen, counts, contrasts(chosen, made, work.scored_on), strict=True):
+        contrast = by_judge[least_obedient[i]] if by_judge else None
         found[i] = replace(found[i], asr=asr, lift=lift, contrast=contrast)
     found[order[0]] = replace(found[order[0]], picture=picture(made, 0, _shape(work)))
     return tuple(found)

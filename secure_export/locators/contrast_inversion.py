@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from secure_export.counting import counted
-from secure_export.forgetting import References, forgotten, references
+from secure_export.forgetting import JUDGES, References, forgotten, references
 from secure_export.locators._inversion import Inverts
 from secure_export.probes.l2 import L2
 from secure_export.probes.patch import Patch
@@ -36,9 +36,9 @@ class ContrastInversion(Inverts):
     """Trigger inversion against references made on the spot (secure_export.forgetting).
 
     A trigger is searched that carries samples of other classes into a class of this model but not of a
-    reference. Another reference, which the search did not see, judges the find: a class's score is the lift
-    in this model less the lift in that one, the best family's. What is easy on every network of the task,
-    and no absolute limit can tell from a backdoor, counts for nothing.
+    reference. Other references, which the search did not see, judge the find: a class's score is the lift
+    in this model less the least lift in one of those, the best family's. What is easy on every network of
+    the task, and no absolute limit can tell from a backdoor, counts for nothing.
     """
 
     reading: ClassVar[str] = "contrast"
@@ -47,6 +47,7 @@ class ContrastInversion(Inverts):
         0.85, gt=0, description="how far a reference's filters are turned before it learns again"
     )
     forget_steps: int = Field(150, ge=1, description="batches in which a reference learns again")
+    judges: int = Field(JUDGES, ge=1, description="references beside the one that a search avoids")
     steps: int = Field(
         60, ge=3, description="steps of each search; after a third two fifths of the starts go on"
     )
@@ -73,7 +74,7 @@ class ContrastInversion(Inverts):
             CompressError: a reference did not learn the task again, so everything would be a contrast.
         """
         forget = partial(forgotten, twin, fit, noise=self.noise, steps=self.forget_steps, progress=progress)
-        others = references(twin, (forget(seed=seed), forget(seed=seed + 1)), fit)
+        others = references(twin, [forget(seed=seed + number) for number in range(1 + self.judges)], fit)
         order = torch.randperm(len(fit), generator=torch.Generator().manual_seed(seed))
         judging = max(1, int(JUDGING * len(fit)))
         parts = order[judging:], order[:judging]
@@ -107,7 +108,7 @@ class _Compared:
     judged: Split
 
     def contrasts(self, probe: Probe, classes: int, seed: int, progress: Progress) -> list[float]:
-        """By class: lift of its best find in the model less that in the judging reference."""
+        """By class: lift of its best find in the model less the least in a judging reference."""
         found = search(
             self.twin,
             self.searched,
@@ -118,8 +119,8 @@ class _Compared:
             progress=progress,
         )
         made = probe.perturbation(found.free, self.judged.inputs.shape[1:])
-        here, there = (
+        here, *there = (
             [lift.difference for _, lift in counted(logits, self.judged, made, found.classes)]
-            for logits in (self.twin, self.references.judge)
+            for logits in (self.twin, *self.references.judges)
         )
-        return [one - other for one, other in zip(here, there, strict=True)]
+        return [one - min(others) for one, others in zip(here, zip(*there, strict=True), strict=True)]
