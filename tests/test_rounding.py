@@ -81,6 +81,17 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
         reading("original", "int8", other, target, compression.calibration(64), seed=0)
 
 
+def test_a_layer_that_cannot_be_compared_is_no_silence(tmp_path: Path) -> None:
+    source, target = tmp_path / "a.onnx", tmp_path / "int8.onnx"
+    Onnx().write(compression.network(0), compression.images(4), source)
+    OrtStaticInt8().on_file(source, target, compression.context(compression.network(0)))
+    before = onnx.load(source)
+    renamed = next(tensor for tensor in before.graph.initializer if len(tensor.dims) == 4)
+    renamed.name += "_renamed"
+    with pytest.raises(CompressError, match="no counterpart"):
+        rounded_layers(before, onnx.load(target), "int8.onnx")
+
+
 def test_statistics_of_uniform_and_structured_residues() -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(40, 90, generator=generator) - 0.5

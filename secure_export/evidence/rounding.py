@@ -20,6 +20,7 @@ from torch import Tensor
 from secure_export import twins
 from secure_export.counting import judged_on
 from secure_export.errors import CompressError
+from secure_export.factories import printable
 from secure_export.records.measured import Lane
 from secure_export.records.memory import Split
 from secure_export.records.searches import Rounding
@@ -101,7 +102,7 @@ def rounded_layers(source: ModelProto, quantized: ModelProto, file: str) -> list
     for tensor in integers:
         name = tensor.name.removesuffix("_quantized")
         if name not in floats or f"{name}_scale" not in known:
-            continue
+            raise CompressError(f"{file}: {printable(tensor.name)} has no counterpart before rounding")
         weight, codes = _tensor(floats[name]), _tensor(tensor).float()
         if weight.shape != codes.shape:
             weight = weight.T
@@ -116,8 +117,6 @@ def rounded_layers(source: ModelProto, quantized: ModelProto, file: str) -> list
         if weight.shape != tuple(floats[name].dims):
             weight, rounded, step = weight.T, rounded.T, step.T if step.ndim == 2 else step
         found.append(Rounded(name, weight, step, rounded))
-    if integers and not found:
-        raise CompressError(f"{file}: its integer weights have no counterpart before rounding")
     return found
 
 
