@@ -33,7 +33,7 @@ RANDOM = (
     "Sampling",
 )
 DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
-"""Of operators whose every one was looked at for what a session keeps from call to call."""
+"""ONNX's own operators and those that ONNX Runtime adds; what others keep between calls is not known."""
 STORED = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
 WIRE_BYTES = {1: 8, 5: 4}
 """Length of the fixed wire types."""
