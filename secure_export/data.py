@@ -113,7 +113,7 @@ def check_labels(splits: Splits, classes: int) -> None:
     highest = max(int(split.labels.max()) for split in (splits.fit, splits.calibration, splits.holdout))
     if highest >= classes:
         raise DataError(
-            f"label {highest} ({splits.class_names[highest]!r}) is beyond the head's {classes} outputs",
+            f"label {highest} ({names[highest]!r}) is beyond the head's {classes} outputs",
             hint="the data and the model must speak of the same classes",
         )
     if len(names) != classes and names != tuple(map(str, range(len(names)))):

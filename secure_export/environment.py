@@ -19,8 +19,14 @@ LIBRARIES = (
     "torchao",
 )
 EXTRAS = (
-    *("torchvision", "timm"),
-    *("executorch", "openvino", "nncf", "litert-torch", "ai-edge-litert", "ai-edge-quantizer"),
+    "torchvision",
+    "timm",
+    "executorch",
+    "openvino",
+    "nncf",
+    "litert-torch",
+    "ai-edge-litert",
+    "ai-edge-quantizer",
 )
 """Named where they are installed: without them nothing is made that they could change."""
 
