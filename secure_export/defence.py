@@ -24,7 +24,6 @@ from secure_export.locators import Locator
 from secure_export.purifiers import Purifier, class_after_class
 from secure_export.records.measured import (
     ALWAYS_NAMES,
-    COLLAPSED,
     UNREAD,
     Artifact,
     Disagreement,
@@ -88,7 +87,7 @@ def disagreements(suspects: Sequence[Suspect], settings: Sequence[Setting]) -> t
     plain = next((setting.name for setting in settings if not setting.steps), "subject")
     heard: dict[str, dict[str, Suspect]] = {}
     for suspect in suspects:
-        if suspect.scores and not (UNREAD in suspect.evidence or suspect.evidence.get(COLLAPSED)):
+        if suspect.scores and suspect.judged:
             where = plain if suspect.setting == "subject" else suspect.setting
             heard.setdefault(where, {})[suspect.locator] = suspect
     found = []

@@ -123,6 +123,11 @@ class Suspect:
     """One per class, larger is more suspicious."""
     evidence: Mapping[str, float | int | str | bool] = field(default_factory=dict)
 
+    @property
+    def judged(self) -> bool:
+        """Whether its silence says anything: the file could be read, and was not taken for a ruin."""
+        return UNREAD not in self.evidence and not self.evidence.get(COLLAPSED)
+
 
 @dataclass(frozen=True)
 class Disagreement:

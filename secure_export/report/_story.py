@@ -62,7 +62,7 @@ def _suspected(report: Report) -> Fact:
     if not report.suspects:
         return Fact(label, "not looked for", "no locator ran")
     if not named:
-        heard = [suspect for suspect in report.suspects if not unjudged(suspect)]
+        heard = [suspect for suspect in report.suspects if suspect.judged]
         silent = len(report.suspects) - len(heard)
         views = f"{plural(len(heard), 'view')} of the weights"
         if not heard:
