@@ -33,7 +33,6 @@ FLEETS = (
     Fleet("digits", "resnet18_w8", 12, 2),
     Fleet("speech", "keywords", 2, 1),
     Fleet("cpu-tiny", "resnet18_w8", 20, 1),
-    Fleet("cpu-tiny", "resnet18_w16", 3, 0),
     Fleet("cpu-tiny", "cnn", 10, 2),
 )
 """The cheapest first."""
