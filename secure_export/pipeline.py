@@ -8,52 +8,31 @@ The two halves of the work are in `lane.py` (a model through every setting) and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from secure_export import __version__, data, defence, digests, evidence, incoming, loading, registry
+from secure_export import data, defence, digests, evidence, incoming, loading, registry
+from secure_export.composing import compose, described
 from secure_export.environment import Clock, versions
 from secure_export.errors import LoadError, NoVerdict, PolicyError, ReleaseError
-from secure_export.factories import printable
 from secure_export.lane import (
     Bench,
     at_the_head,
     beside_full_precision,
     cost_table,
-    environment,
     through_settings,
 )
 from secure_export.ledger import Ledger
 from secure_export.policy import Policy, approve, check_plugins, judge
-from secure_export.records.measured import Finding, SettingResult, Suspect, Verdict
+from secure_export.records.measured import Finding, SettingResult, Verdict
 from secure_export.records.memory import Progress, Splits, Subject, silent
-from secure_export.records.reported import (
-    Evidence,
-    Purification,
-    Report,
-    ReportedSetting,
-    SplitInfo,
-    SubjectInfo,
-)
-from secure_export.release import claimed, locked, release, sweep, withdraw
+from secure_export.records.reported import Report
+from secure_export.release import release, withdraw
 from secure_export.report.documents import discard, documents, save
+from secure_export.run_directory import apart, claimed, locked, sweep, writing_to
 from secure_export.runtimes import Options
 from secure_export.triggers import Trigger
-
-SCHEMA = 1
-NOT_SHOWN = (
-    "that no trigger exists: only the triggers listed above were applied",
-    "anything about runtimes, compression settings or CPUs that are not named here",
-    "anything about inputs unlike the clean samples",
-)
-
-IMPRECISE = (
-    "what int8 files do on x86 CPUs without VNNI in sessions that do not set session.x64quantprecision to 1"
-)
 
 
 def run(policy: Policy, run_dir: Path, *, progress: Progress = silent) -> Report:
@@ -216,74 +195,6 @@ def open_bench(policy: Policy, run_dir: Path, splits: Splits, progress: Progress
     )
 
 
-def described(subject: Subject, splits: Splits) -> SubjectInfo:
-    """What was handed in, as the report names it."""
-    return SubjectInfo(
-        path=printable(subject.source.name),
-        sha256=subject.sha256,
-        architecture=subject.architecture,
-        classes=subject.classes,
-        class_names=splits.class_names,
-        head=subject.head,
-        input_shape=subject.input_spec.shape,
-        parameters=sum(parameter.numel() for parameter in subject.model.parameters()),
-    )
-
-
-def compose(
-    policy: Policy,
-    subject: SubjectInfo,
-    bench: Bench,
-    suspects: tuple[Suspect, ...],
-    purification: Purification | None,
-    originals: Sequence[SettingResult],
-    purifieds: Sequence[SettingResult],
-    timings: Mapping[str, float],
-) -> Report:
-    """Everything measured, as data, before it is judged."""
-    settings = tuple(
-        ReportedSetting(setting.name, setting.steps, setting.released, _named(original), _named(purified))
-        for setting, original, purified in zip(policy.expanded_settings(), originals, purifieds, strict=True)
-    )
-    return Report(
-        schema=SCHEMA,
-        tool=__version__,
-        policy_path=Path(policy.path).name,
-        policy_sha256=policy.sha256,
-        policy_text=policy.text,
-        verdict=Verdict("no_verdict", ()),
-        subject=subject,
-        splits={
-            name: SplitInfo(len(split), split.sha256)
-            for name, split in (
-                ("fit", bench.splits.fit),
-                ("calibration", bench.splits.calibration),
-                ("holdout", bench.splits.holdout),
-            )
-        },
-        suspects=suspects,
-        purification=purification,
-        settings=settings,
-        evidence=Evidence(
-            known_triggers=tuple({"name": spec.name, **spec.plugin} for spec in policy.triggers),
-            trigger_search="none",
-            not_shown=(*NOT_SHOWN, *((IMPRECISE,) if policy.precise_int8 else ())),
-        ),
-        disagreements=defence.disagreements(suspects, policy.expanded_settings()),
-        environment=environment(originals, bench),
-        timings=timings,
-        overrides=policy.overrides,
-    )
-
-
-def _named(result: SettingResult) -> SettingResult:
-    """The file by its place in the run directory: a report travels and says nothing of this machine."""
-    if result.artifact is None:
-        return result
-    path = Path(result.artifact.path.parent.name, result.artifact.path.name)
-    return replace(result, artifact=replace(result.artifact, path=path))
-
-
 def conclude(report: Report, purifieds: Sequence[SettingResult], run_dir: Path) -> Report:
     """Release the measured files when the verdict approves; keep the report either way.
 
@@ -308,28 +219,3 @@ def conclude(report: Report, purifieds: Sequence[SettingResult], run_dir: Path) 
         withdraw(run_dir / "release")
         raise
     return report
-
-
-def apart(policy: Policy, run_dir: Path) -> None:
-    """The run directory must not lie in the data, where the next run would take it for a class.
-
-    Raises:
-        PolicyError: it does.
-    """
-    for source in filter(None, (policy.data.path, policy.data.holdout_path)):
-        folder = Path(source).resolve()
-        if folder.is_dir() and run_dir.resolve().is_relative_to(folder):
-            raise PolicyError(f"{run_dir} lies in the data ({source})", hint="choose another --out")
-
-
-@contextmanager
-def writing_to(run_dir: Path) -> Iterator[None]:
-    """A disk that is full or read-only is one clear line, wherever it shows."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ReleaseError(
-            f"{getattr(error, 'filename', None) or run_dir}: cannot be written: {reason}",
-            hint="make room or choose another --out; the same command resumes",
-        ) from error

@@ -6,13 +6,11 @@ Everything is staged beside the destination, hashed again there, and becomes vis
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from secure_export import digests
@@ -23,10 +21,6 @@ from secure_export.records.measured import Artifact
 SUMS = "SHA256SUMS"
 """Digest and name of every other file: `sha256sum -c` reads it, and it marks a folder as a release."""
 
-LOCK = ".lock"
-"""Marks a run directory, whoever holds it."""
-LEFT = re.compile(r"\.[0-9a-f]{16}\.\w+\.\w{8}")
-"""Temporary folder of a step on a file."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@=+-]{0,199}")
 HINTS = {
     errno.ENOSPC: "the disk is full: make room and run the same command again",
@@ -92,46 +86,6 @@ def withdraw(destination: Path) -> None:
         shutil.rmtree(aside)
     except OSError as error:
         raise _unwritable(destination, error) from error
-
-
-def claimed(folder: Path) -> Path:
-    """The folder, if it is a run directory already or holds nothing: a run writes and removes files in it.
-
-    Raises:
-        ReleaseError: it holds something else.
-    """
-    if folder.is_dir() and not (folder / LOCK).is_file() and any(folder.iterdir()):
-        raise ReleaseError(
-            f"{folder} is no run directory of this tool and not empty, so nothing is written there",
-            hint="choose a new folder with --out",
-        )
-    return folder
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """The run directory for this process alone; the system frees it when the process ends, however it ends.
-
-    Raises:
-        ReleaseError: another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ReleaseError(
-                f"{folder}: another run is at work in this run directory",
-                hint="wait for it, or choose another --out",
-            ) from error
-        yield
-
-
-def sweep(folder: Path) -> None:
-    """Remove the temporary folders of steps that were killed, and nothing else that is hidden there."""
-    for left in folder.iterdir():
-        if LEFT.fullmatch(left.name) and left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left)
 
 
 def _sweep(destination: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,13 @@ def toy_policy(**changes: Any) -> dict[str, Any]:
         ],
     }
     return policy | changes
+
+
+@pytest.fixture(autouse=True)
+def only_what_a_test_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable of the shell beats the policies that tests write, so none is there."""
+    for name in [name for name in os.environ if name.startswith("SECURE_EXPORT_")]:
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import pytest
 
 from secure_export.compressors import _ort
 from secure_export.errors import ReleaseError
-from secure_export.release import LEFT, claimed, locked, sweep, withdraw
+from secure_export.release import withdraw
+from secure_export.run_directory import LEFT, claimed, locked, sweep
 from tests.gating import exported
 
 

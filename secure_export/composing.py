@@ -1,0 +1,101 @@
+"""The report before it is judged: everything measured, as data, and what is not shown by it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from secure_export import __version__, defence
+from secure_export.factories import printable
+from secure_export.lane import Bench, environment
+from secure_export.policy import Policy
+from secure_export.records.measured import SettingResult, Suspect, Verdict
+from secure_export.records.memory import Splits, Subject
+from secure_export.records.reported import (
+    Evidence,
+    Purification,
+    Report,
+    ReportedSetting,
+    SplitInfo,
+    SubjectInfo,
+)
+
+SCHEMA = 1
+NOT_SHOWN = (
+    "that no trigger exists: only the triggers listed above were applied",
+    "anything about runtimes, compression settings or CPUs that are not named here",
+    "anything about inputs unlike the clean samples",
+)
+
+IMPRECISE = (
+    "what int8 files do on x86 CPUs without VNNI in sessions that do not set session.x64quantprecision to 1"
+)
+
+
+def described(subject: Subject, splits: Splits) -> SubjectInfo:
+    """What was handed in, as the report names it."""
+    return SubjectInfo(
+        path=printable(subject.source.name),
+        sha256=subject.sha256,
+        architecture=subject.architecture,
+        classes=subject.classes,
+        class_names=splits.class_names,
+        head=subject.head,
+        input_shape=subject.input_spec.shape,
+        parameters=sum(parameter.numel() for parameter in subject.model.parameters()),
+    )
+
+
+def compose(
+    policy: Policy,
+    subject: SubjectInfo,
+    bench: Bench,
+    suspects: tuple[Suspect, ...],
+    purification: Purification | None,
+    originals: Sequence[SettingResult],
+    purifieds: Sequence[SettingResult],
+    timings: Mapping[str, float],
+) -> Report:
+    """Everything measured, as data, before it is judged."""
+    settings = tuple(
+        ReportedSetting(setting.name, setting.steps, setting.released, _named(original), _named(purified))
+        for setting, original, purified in zip(policy.expanded_settings(), originals, purifieds, strict=True)
+    )
+    return Report(
+        schema=SCHEMA,
+        tool=__version__,
+        policy_path=Path(policy.path).name,
+        policy_sha256=policy.sha256,
+        policy_text=policy.text,
+        verdict=Verdict("no_verdict", ()),
+        subject=subject,
+        splits={
+            name: SplitInfo(len(split), split.sha256)
+            for name, split in (
+                ("fit", bench.splits.fit),
+                ("calibration", bench.splits.calibration),
+                ("holdout", bench.splits.holdout),
+            )
+        },
+        suspects=suspects,
+        purification=purification,
+        settings=settings,
+        evidence=Evidence(
+            known_triggers=tuple({"name": spec.name, **spec.plugin} for spec in policy.triggers),
+            trigger_search="none",
+            not_shown=(*NOT_SHOWN, *((IMPRECISE,) if policy.precise_int8 else ())),
+        ),
+        disagreements=defence.disagreements(suspects, policy.expanded_settings()),
+        environment=environment(originals, bench),
+        timings=timings,
+        overrides=policy.overrides,
+    )
+
+
+def _named(result: SettingResult) -> SettingResult:
+    """The file by its place in the run directory: a report travels and says nothing of this machine."""
+    if result.artifact is None:
+        return result
+    path = Path(result.artifact.path.parent.name, result.artifact.path.name)
+    return replace(result, artifact=replace(result.artifact, path=path))
