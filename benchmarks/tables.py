@@ -54,42 +54,51 @@ class Located:
 
 @click.command()
 @click.option("--results", default=RESULTS, type=click.Path(exists=True, path_type=Path))
+@click.option("--zoo", default="zoo", show_default=True, help="the build, by its cards in RESULTS/ZOO.json")
 @click.option("--out", type=click.Path(path_type=Path), help="write here instead of printing")
-def main(results: Path, out: Path | None) -> None:
-    """Every table as Markdown."""
-    published = json.loads(PUBLISHED.read_text())
-    text = "\n".join(document(published, tuple(trials(results)), tuple(located(results))))
+def main(results: Path, zoo: str, out: Path | None) -> None:
+    """Every table as Markdown, of one build of the zoo: what stands side by side was tried on one model."""
+    published, present = json.loads(PUBLISHED.read_text()), weights(results / f"{zoo}.json")
+    found = (*trials(results, present), *rounded(results, present))
+    text = "\n".join(document(published, found, tuple(located(results, present))))
     if out is None:
         click.echo(text)
     else:
         out.write_text(text + "\n")
 
 
-def trials(results: Path) -> Iterator[Trial]:
+def trials(results: Path, present: Mapping[str, str]) -> Iterator[Trial]:
     """Trials of benchmarks.defences on the zoo's present weights; a policy may ask for other parameters."""
-    present = weights(results)
     for path in sorted((results / "defences").glob("*.json")):
         found = json.loads(path.read_text())
         recipe = found["recipe"]
         model, fit, seed = found["model"], found["fit"], found["seed"]
-        if found["sha256"] == present.get(model, found["sha256"]):
+        if not present or found["sha256"] == present.get(model):
             yield Trial(model, recipe["kind"], fit, seed, found["settings"], recipe)
             yield Trial(model, "none", fit, seed, found["before"])
 
 
-def weights(results: Path) -> Mapping[str, str]:
+def rounded(results: Path, present: Mapping[str, str]) -> Iterator[Trial]:
+    """What benchmarks.rounding_cures measured of `efrap`, in the int8 file: it changes no other."""
+    path = results / "rounding-cures.json"
+    for place, found in json.loads(path.read_text()).items() if path.is_file() else ():
+        model = Path(place).name
+        if place != "versions" and found["sha256"] == present.get(model) and "efrap" in found["rows"]:
+            yield Trial(model, "efrap", 500, 0, {"int8-u8s8": found["rows"]["efrap"]})
+
+
+def weights(cards: Path) -> Mapping[str, str]:
     """Digest of the present weights of every zoo model by name; empty where no card is stored."""
-    path = results / "zoo.json"
     return (
-        {name: card["sha256"] for name, card in json.loads(path.read_text()).items()}
-        if path.is_file()
+        {name: card["sha256"] for name, card in json.loads(cards.read_text()).items()}
+        if cards.is_file()
         else {}
     )
 
 
-def located(results: Path) -> Iterator[Located]:
+def located(results: Path, present: Mapping[str, str]) -> Iterator[Located]:
     """What the locators said of the zoo's present weights in benchmarks.locate_trials, view by view."""
-    path, present = results / "locate.json", weights(results)
+    path = results / "locate.json"
     for place, found in json.loads(path.read_text())["models"].items() if path.is_file() else ():
         model = Path(place).name
         if found["dataset"] == "cifar10" and found["sha256"] == present.get(model):

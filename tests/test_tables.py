@@ -81,6 +81,20 @@ def test_other_weights_and_other_recipes_answer_nothing(tmp_path: Path) -> None:
     assert ["missing" in line for line in lines_of(tmp_path) if line.startswith(row)] == [False]
 
 
+def test_a_table_is_of_one_build_and_says_nothing_of_models_that_it_lacks(tmp_path: Path) -> None:
+    (tmp_path / "zoo.json").write_text(json.dumps({"badnets": {"sha256": "now"}}))
+    (tmp_path / "other.json").write_text(json.dumps({"sig": {"sha256": "then"}}))
+    stored(tmp_path, "one")
+    efrap = {"acc": [8, 10], "asr": [1, 9]}
+    cures = {"other/sig": {"sha256": "then", "rows": {"efrap": efrap}}, "versions": {}}
+    (tmp_path / "rounding-cures.json").write_text(json.dumps(cures))
+    rows = ("| BadNets | PreAct-ResNet-18 | d3, retain set 1 %", "| SIG | ResNet-18 | EFRAP")
+    for build, answered in (("zoo", [True, False]), ("other", [False, True])):
+        result = CliRunner().invoke(tables.main, ["--results", str(tmp_path), "--zoo", build])
+        lines = result.output.splitlines()
+        assert ["missing" not in line for row in rows for line in lines if line.startswith(row)] == answered
+
+
 def test_published_cells_ask_for_things_that_exist() -> None:
     published = json.loads(tables.PUBLISHED.read_text())
     asked = {row["ours"].get("kind") for row in published["rows"] if "ours" in row} - {None, "none"}
