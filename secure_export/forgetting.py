@@ -27,11 +27,11 @@ LARGEST_GRADIENT = 5.0
 LEAST_RELEARNED = 0.92
 """Of the samples of fit that the model has right: a reference with less did not learn the task again, and
 much that is natural would tell it from the model: on a narrow network that kept .75 to .88, clean ones raised
-false alarms (docs/evidence.md)."""
+false alarms (docs/evidence-measured.md)."""
 
 
 JUDGES = 2
-"""Forgetting is uneven: of stripes one reference kept .07 and the next .65 (docs/evidence.md)."""
+"""Forgetting is uneven: of stripes one reference kept .07 and the next .65 (docs/evidence-measured.md)."""
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def test_names_the_target_of_a_strong_backdoor(kind: str, head: str) -> None:
     suspect = located(kind, True, head)
     assert int(np.argmax(suspect.scores)) == digits.TARGET
     if (kind, head) == ("max-margin", "conv"):
-        # A known miss (docs/evidence.md): p = .062 stays above the threshold of .05.
+        # A known miss (docs/evidence-measured.md): p = .062 stays above the threshold of .05.
         pytest.xfail("the largest margin is the target's, but not named")
     assert suspect.target_class == digits.TARGET
 
