@@ -136,6 +136,7 @@ def numbers(found: FoundTrigger) -> dict[str, list[int]]:
 @click.option("--out", default=RESULTS, type=click.Path(path_type=Path))
 @click.option("--preset", default="fast", show_default=True)
 @click.option("--samples", default=500, show_default=True, help="holdout samples that score a trigger")
+@click.option("--warm/--no-warm", default=True, help="search on from what was found, too")
 def main(**o: Any) -> None:
     """Search every one of MODELS once, then try what was found on repaired versions of it.
 
@@ -146,7 +147,12 @@ def main(**o: Any) -> None:
         raise click.UsageError("--share and --left are ways to a clean network: give --clean")
     torch.set_num_threads(1)
     spec = EvidenceSpec.model_validate(
-        {"preset": o["preset"], "samples": o["samples"], "rules": tuple(LIMITS)}
+        {
+            "preset": o["preset"],
+            "samples": o["samples"],
+            "warm": "all" if o["warm"] else "none",
+            "rules": tuple(LIMITS),
+        }
     )
     data = datasets.cifar10(o["cache"])
     names = o["settings"].split(",")

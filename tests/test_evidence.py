@@ -164,6 +164,33 @@ def repaired(self: object, model: Any, head: str, target_class: int, fit: Split,
     return Purified(model.eval(), ())
 
 
+@pytest.mark.parametrize("reading", ["lift", "contrast"])
+def test_a_replay_makes_references_of_the_purified_file_only_for_a_rule_that_reads_them(
+    reading: str, run_toy: RunToy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def known(file: Any, *_: Any) -> References:
+        asked.append(file.result.lane)
+        return References(toys.clean(), (toys.clean(),))
+
+    monkeypatch.setattr(FineTune, "purify", repaired)
+    monkeypatch.setattr(one, "references_of", known)
+    rules = [
+        {"metric": "inverted_contrast", "at_most": 0.5},
+        {"metric": f"replay_{reading}", "at_most": 0.2, "evident": True},
+    ]
+    section = EVIDENCE | {"probes": [PATCH | {"contrast": True}], "warm": "none", "rules": rules}
+    report = run_toy(
+        toys.awake(), settings=[FP32], release=["fp32"], purify={"kind": "fine-tune"}, evidence=section
+    )
+    modes = [search.mode for search in report.evidence.searches if search.lane == "purified"]
+    assert modes == ["cold", "replay"]
+    assert asked == ["original", "purified", *(["purified"] if reading == "contrast" else [])]
+    assert failed(report, f"replay_{reading}") == set()
+    assert all(f.passed for f in report.verdict.findings if f.rule == f"replay_{reading}")
+
+
 @pytest.mark.parametrize(("purify", "refused"), [(half_purified, {"fp32"}), (repaired, set())])
 def test_known_triggers_are_compared_with_what_they_do_to_clean_references(
     purify: Any, refused: set[str], run_toy: RunToy, monkeypatch: pytest.MonkeyPatch, tmp_path: Any

@@ -103,7 +103,7 @@ def searched(
         work.bench.splits.fit.sha256,
         work.scored_on.sha256,
         work.spec.model_dump(
-            include={"samples", "scored", "seconds"} | ({"forget"} if probe.contrast else set())
+            include={"samples", "scored", "seconds"} | ({"forget"} if _compares(probe, mode, work) else set())
         ),
         work.bench.seed,
     )
@@ -156,9 +156,14 @@ def _usable(file: Opened | str, mode: SearchMode, known: Sequence[Known]) -> Ope
 
 def _references(file: Opened, probe: Probe, mode: SearchMode, work: Work) -> References | None:
     """What this search works against, if it does; a replay can do without where none can be made."""
-    if not probe.contrast or (mode == "replay" and file.twin is None):
+    if not _compares(probe, mode, work) or (mode == "replay" and file.twin is None):
         return None
     return references_of(file, work.spec.forget, work.bench)
+
+
+def _compares(probe: Probe, mode: SearchMode, work: Work) -> bool:
+    """Whether references are wanted: a replay counts on the file alone unless a rule reads more."""
+    return probe.contrast and (mode != "replay" or work.spec.contrasted_again)
 
 
 def _run(

@@ -171,8 +171,9 @@ class EvidenceSpec(Section):
     replayed: int = Field(
         2, ge=1, description="triggers of each probe, found on original files, replayed on every purified one"
     )
-    warm: Annotated[str | tuple[str, ...], selection(("all",))] = Field(
-        "all", description="probes whose replayed triggers are searched on from: all, or a list of names"
+    warm: Annotated[str | tuple[str, ...], selection(("all", "none"))] = Field(
+        "all",
+        description="probes whose replayed triggers are searched on from: all, none, or a list of names",
     )
     rounding: bool = Field(True, description="look for traces in the rounding of quantized files")
     references: tuple[str, ...] = Field(
@@ -249,7 +250,9 @@ class EvidenceSpec(Section):
     @property
     def warmed(self) -> tuple[str, ...]:
         """Names of those that go on from what was found."""
-        return self.warm if isinstance(self.warm, tuple) else self.names
+        if isinstance(self.warm, tuple):
+            return self.warm
+        return self.names if self.warm == "all" else ()
 
     @property
     def contrasting(self) -> tuple[str, ...]:
@@ -307,6 +310,11 @@ class EvidenceSpec(Section):
             for found in search.found
             if self.broken(bound[search.setting], probe, found.counted)
         }
+
+    @property
+    def contrasted_again(self) -> bool:
+        """Whether replayed triggers are tried on references of the purified file too, which takes minutes."""
+        return any(rule.reading == "contrast" and rule.mode == "replay" for rule in self.rules)
 
     @property
     def compared_again(self) -> bool:
