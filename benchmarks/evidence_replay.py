@@ -2,9 +2,10 @@
 
 Triggers are found on a backdoored model, without its trigger, and tried on versions of it that were repaired
 in part: by a purifier that was stopped early or left a rest (--recipe), or by moving the weights part of the
-way to the clean network that the attack began with (--clean), a given share of it (--share) or until a given
-ASR is left (--left), which chooses no purifier. With --reference, networks that are known to be clean are
-asked what the same triggers do to them. benchmarks.evidence_replay_table prints what a policy makes of it.
+way to what a purifier makes of the model (--toward) or to the clean network that the attack began with
+(--clean), which chooses none: a given share of it (--share) or until a given ASR is left (--left). With
+--reference, networks that are known to be clean are asked what the same triggers do to them.
+benchmarks.evidence_replay_table prints what a policy makes of it.
 """
 
 from __future__ import annotations
@@ -49,17 +50,29 @@ def between(bad: nn.Module, clean: nn.Module, share: float) -> nn.Module:
 def repaired(
     bad: nn.Module, target: int, clean: nn.Module | None, repairs: Sequence[Mapping[str, Any]], bench: Bench
 ) -> Iterator[tuple[Mapping[str, Any], nn.Module]]:
-    """`bad` after every repair: `{"share": s}` of the way to `clean`, or a purifier by its fields."""
+    """`bad` after every repair: `{"share": s}` of the way to `clean`, or to what a purifier makes of it if
+    the repair says `toward`; or a purifier by its fields."""
+    goals: dict[str, nn.Module | None] = {"": clean}
     for repair in repairs:
-        if clean is not None and "share" in repair:
-            yield repair, between(bad, clean, repair["share"])
-        elif clean is not None and "left" in repair:
-            share = share_that_leaves(repair["left"], bad, clean, target, bench)
-            yield repair | {"share": round(share, 3)}, between(bad, clean, share)
-        elif "kind" in repair:
-            purifier = registry.build(Purifier, "purifiers", dict(repair))
-            made = purifier.purify(copy.deepcopy(bad), HEAD, target, bench.splits.fit, seed=bench.seed)
-            yield repair, made.model
+        if "kind" in repair:
+            yield repair, purified(bad, target, repair, bench)
+            continue
+        toward = repair.get("toward", "")
+        if toward not in goals:
+            goals[toward] = purified(bad, target, {"kind": toward}, bench)
+        if (goal := goals[toward]) is None:
+            continue
+        if "share" in repair:
+            yield repair, between(bad, goal, repair["share"])
+        else:
+            share = share_that_leaves(repair["left"], bad, goal, target, bench)
+            yield repair | {"share": round(share, 3)}, between(bad, goal, share)
+
+
+def purified(bad: nn.Module, target: int, recipe: Mapping[str, Any], bench: Bench) -> nn.Module:
+    """What a purifier makes of a copy of `bad`."""
+    purifier = registry.build(Purifier, "purifiers", dict(recipe))
+    return purifier.purify(copy.deepcopy(bad), HEAD, target, bench.splits.fit, seed=bench.seed).model
 
 
 @torch.no_grad()
@@ -120,8 +133,9 @@ def numbers(found: FoundTrigger) -> dict[str, list[int]]:
 @click.command()
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--clean", type=click.Path(path_type=Path, exists=True), help="what --share moves to")
-@click.option("--share", "shares", multiple=True, type=float, help="of the way to --clean")
-@click.option("--left", "lefts", multiple=True, type=float, help="as far to --clean as leaves this ASR")
+@click.option("--toward", help="a kind of purifier, whose result --share and --left move to instead")
+@click.option("--share", "shares", multiple=True, type=float, help="of the way there")
+@click.option("--left", "lefts", multiple=True, type=float, help="as far on the way as leaves this ASR")
 @click.option(
     "--reference",
     "references",
@@ -143,8 +157,8 @@ def main(**o: Any) -> None:
     A repair that is stored already is not made again.
     """
     stored = json.loads(o["out"].read_text()) if o["out"].is_file() else {"models": {}}
-    if (o["shares"] or o["lefts"]) and o["clean"] is None:
-        raise click.UsageError("--share and --left are ways to a clean network: give --clean")
+    if (o["shares"] or o["lefts"]) and o["clean"] is None and o["toward"] is None:
+        raise click.UsageError("--share and --left are ways to another network: give --clean or --toward")
     torch.set_num_threads(1)
     spec = EvidenceSpec.model_validate(
         {
@@ -158,6 +172,8 @@ def main(**o: Any) -> None:
     names = o["settings"].split(",")
     settings = [Setting(name, SETTINGS[name], {"kind": "onnx"}, False) for name in names]
     wanted: list[dict[str, Any]] = [{"share": s} for s in o["shares"]] + [{"left": a} for a in o["lefts"]]
+    if o["toward"]:
+        wanted = [one | {"toward": o["toward"]} for one in wanted]
     wanted += [json.loads(recipe) for recipe in o["recipes"]]
     clean_ones = [(path, load(path, cards.read(path.with_suffix(".json")))) for path in o["references"]]
     for path in o["models"]:

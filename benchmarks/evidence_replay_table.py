@@ -163,7 +163,8 @@ def table(stored: Mapping[str, Any], policy: Policy, name: str) -> list[str]:
 def named(repair: Mapping[str, Any]) -> str:
     """A repair in the words of a policy."""
     if "share" in repair:
-        return f"{repair['share']:.2g} of the way to clean"
+        goal = f"`{repair['toward']}`" if "toward" in repair else "clean"
+        return f"{repair['share']:.2g} of the way to {goal}"
     fields = ", ".join(f"{key} {value}" for key, value in repair.items() if key != "kind")
     return f"`{repair['kind']}`" + (f", {fields}" if fields else "")
 
