@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from secure_export.counting import counted
+from secure_export.counting import contrasted
 from secure_export.forgetting import JUDGES, References, forgotten, references
 from secure_export.locators._inversion import Inverts
 from secure_export.probes.l2 import L2
@@ -36,9 +36,10 @@ class ContrastInversion(Inverts):
     """Trigger inversion against references made on the spot (secure_export.forgetting).
 
     A trigger is searched that carries samples of other classes into a class of this model but not of a
-    reference. Other references, which the search did not see, judge the find: a class's score is the lift
-    in this model less the least lift in one of those, the best family's. What is easy on every network of
-    the task, and no absolute limit can tell from a backdoor, counts for nothing.
+    reference. Other references, which the search did not see, judge the find: a class's score is the share
+    of samples that are carried in this model and not in one of those, less the reverse, with the one that
+    obeys least and for the best family. What is easy on every network of the task, and no absolute limit can
+    tell from a backdoor, counts for nothing.
     """
 
     reading: ClassVar[str] = "contrast"
@@ -108,7 +109,7 @@ class _Compared:
     judged: Split
 
     def contrasts(self, probe: Probe, classes: int, seed: int, progress: Progress) -> list[float]:
-        """By class: lift of its best find in the model less the least in a judging reference."""
+        """By class, the contrast of its best find with the judge that obeys it least."""
         found = search(
             self.twin,
             self.searched,
@@ -119,8 +120,7 @@ class _Compared:
             progress=progress,
         )
         made = probe.perturbation(found.free, self.judged.inputs.shape[1:])
-        here, *there = (
-            [lift.difference for _, lift in counted(logits, self.judged, made, found.classes)]
-            for logits in (self.twin, *self.references.judges)
+        by_judge = (
+            contrasted(self.twin, judge, self.judged, made, found.classes) for judge in self.references.judges
         )
-        return [one - min(others) for one, others in zip(here, zip(*there, strict=True), strict=True)]
+        return [max(one.difference for one in of_class) for of_class in zip(*by_judge, strict=True)]
