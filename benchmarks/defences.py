@@ -22,6 +22,7 @@ from torch import nn
 from benchmarks import cards, datasets, generated, networks, settings
 from benchmarks.entries import ZOO
 from benchmarks.measuring import counts
+from benchmarks.purified import Shelf
 from benchmarks.purify_trials import stratified
 from secure_export import digests, registry
 from secure_export.environment import versions
@@ -64,6 +65,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 )
 @click.option("--cache", default="build/data", type=click.Path(path_type=Path), help="CIFAR-10 as arrays")
 @click.option("--out", default=RESULTS, type=click.Path(path_type=Path), help="folder of the trials")
+@click.option("--kept", default="build/purified", type=click.Path(path_type=Path), help="purified models")
 @click.option("--fit", default=500, show_default=True, help="clean samples of the defender")
 @click.option(
     "--test", "test_images", default=10_000, show_default=True, help="first test images to measure on"
@@ -92,7 +94,7 @@ def main(**o: Any) -> None:
             for card in o["models"]:
                 path = o["out"] / trial_name(cards.read(card), recipe, len(fit), seed)
                 if not path.exists():
-                    result = trial(card, recipe, fit, data, seed)
+                    result = trial(card, recipe, fit, data, seed, Shelf(o["kept"], HEAD))
                     cards.write(result, path)
                     click.echo(f"{path.name}: {shown(result['settings'])}, {result['cpu_seconds']} CPU s")
 
@@ -103,14 +105,16 @@ def trial_name(about: Mapping[str, Any], recipe: Mapping[str, Any], fit: int, se
     return f"{about['name']}-{weights}-{recipe['kind']}-{parameters}-n{fit}-s{seed}.json"
 
 
-def trial(card: Path, recipe: dict[str, Any], fit: Split, data: datasets.Images, seed: int) -> dict[str, Any]:
+def trial(
+    card: Path, recipe: dict[str, Any], fit: Split, data: datasets.Images, seed: int, shelf: Shelf
+) -> dict[str, Any]:
     """One purifier on one model: what it was given, what is left, what it cost."""
     about = cards.read(card)
     model = load(card.with_suffix(".safetensors"), about)
     began = (time.monotonic(), time.process_time())
     if recipe["kind"] != "none":
+        model = shelf.purify(model, about["target_class"], recipe, fit, seed)
         purifier = registry.build(Purifier, "purifiers", recipe)
-        model = purifier.purify(model, HEAD, about["target_class"], fit, seed=seed).model
         recipe = {"kind": purifier.kind, **purifier.model_dump(mode="json")}
     cost = (time.monotonic() - began[0], time.process_time() - began[1])
     return {

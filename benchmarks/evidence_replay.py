@@ -23,14 +23,14 @@ from torch import nn
 from benchmarks import cards, datasets
 from benchmarks.defences import HEAD, load
 from benchmarks.evidence import LIMITS, SETTINGS, bench_of
-from secure_export import digests, registry
+from benchmarks.purified import Shelf
+from secure_export import digests
 from secure_export.environment import versions
 from secure_export.evidence import cold_searches, tried_again, work_of
 from secure_export.evidence.calibration import calibrated
 from secure_export.evidence.one import best_known
 from secure_export.lane import Bench, at_the_head, through_settings
 from secure_export.policy import EvidenceSpec, Setting
-from secure_export.purifiers import Purifier
 from secure_export.records.measured import SettingResult
 from secure_export.records.searches import FoundTrigger, Search
 
@@ -48,18 +48,24 @@ def between(bad: nn.Module, clean: nn.Module, share: float) -> nn.Module:
 
 
 def repaired(
-    bad: nn.Module, target: int, clean: nn.Module | None, repairs: Sequence[Mapping[str, Any]], bench: Bench
+    bad: nn.Module,
+    target: int,
+    clean: nn.Module | None,
+    repairs: Sequence[Mapping[str, Any]],
+    bench: Bench,
+    shelf: Shelf,
 ) -> Iterator[tuple[Mapping[str, Any], nn.Module]]:
     """`bad` after every repair: `{"share": s}` of the way to `clean`, or to what a purifier makes of it if
     the repair says `toward`; or a purifier by its fields."""
     goals: dict[str, nn.Module | None] = {"": clean}
     for repair in repairs:
         if "kind" in repair:
-            yield repair, purified(bad, target, repair, bench)
+            yield repair, shelf.purified(bad, target, repair, bench.splits.fit, bench.seed)
             continue
         toward = repair.get("toward", "")
         if toward not in goals:
-            goals[toward] = purified(bad, target, {"kind": toward}, bench)
+            recipe = {"kind": toward}
+            goals[toward] = shelf.purified(bad, target, recipe, bench.splits.fit, bench.seed)
         if (goal := goals[toward]) is None:
             continue
         if "share" in repair:
@@ -67,12 +73,6 @@ def repaired(
         else:
             share = share_that_leaves(repair["left"], bad, goal, target, bench)
             yield repair | {"share": round(share, 3)}, between(bad, goal, share)
-
-
-def purified(bad: nn.Module, target: int, recipe: Mapping[str, Any], bench: Bench) -> nn.Module:
-    """What a purifier makes of a copy of `bad`."""
-    purifier = registry.build(Purifier, "purifiers", dict(recipe))
-    return purifier.purify(copy.deepcopy(bad), HEAD, target, bench.splits.fit, seed=bench.seed).model
 
 
 @torch.no_grad()
@@ -147,6 +147,7 @@ def numbers(found: FoundTrigger) -> dict[str, list[int]]:
 @click.option("--settings", default="fp32", show_default=True, help=f"of {', '.join(SETTINGS)}")
 @click.option("--cache", default="build/data", type=click.Path(path_type=Path))
 @click.option("--folder", default="build/evidence", type=click.Path(path_type=Path))
+@click.option("--kept", default="build/purified", type=click.Path(path_type=Path), help="purified models")
 @click.option("--out", default=RESULTS, type=click.Path(path_type=Path))
 @click.option("--preset", default="fast", show_default=True)
 @click.option("--samples", default=500, show_default=True, help="holdout samples that score a trigger")
@@ -191,7 +192,9 @@ def main(**o: Any) -> None:
             for lined in [at_the_head(network, HEAD, "original", digests.of_file(path), bench)]
         ]
         clean = load(o["clean"], cards.read(o["clean"].with_suffix(".json"))) if o["clean"] else None
-        for repair, network in repaired(model, card["target_class"], clean, repairs, bench):
+        for repair, network in repaired(
+            model, card["target_class"], clean, repairs, bench, Shelf(o["kept"], HEAD)
+        ):
             identity = digests.of_state(network.state_dict())
             lined = at_the_head(network, HEAD, "purified", identity, bench, original.reference)
             results = through_settings(lined, settings, bench)

@@ -11,8 +11,11 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks import datasets, defences
+from benchmarks.purified import Shelf
 from secure_export import registry
 from secure_export.purifiers import Purifier
+from secure_export.purifiers.clp import Clp
+from tests import digits
 
 COUNTS = {"acc": [8, 10], "asr": [1, 9]}
 
@@ -24,7 +27,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
     x, y = torch.zeros(40, 3, 4, 4, dtype=torch.uint8), torch.arange(40) % 10
 
     def trial(
-        card: Path, recipe: dict[str, Any], fit: Any, data: datasets.Images, seed: int
+        card: Path, recipe: dict[str, Any], fit: Any, data: datasets.Images, seed: int, shelf: Shelf
     ) -> dict[str, Any]:
         assert len(fit) == 20
         assert len(data.test_x) == 12
@@ -53,6 +56,24 @@ def test_a_stored_trial_is_not_made_again(tmp_path: Path, done: list[tuple[str, 
     card.write_text(json.dumps({"name": "m", "sha256": "b" * 64}))
     run(tmp_path, "--only", "d3")
     assert done[2:] == [("a" * 64, "d3", 1), ("a" * 64, "d3", 0), ("b" * 64, "d3", 0)]
+
+
+def test_what_was_purified_once_is_taken_from_disk_and_nothing_else_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, fit = digits.trained(True), digits.fit_split()
+    shelf, arguments = Shelf(tmp_path, digits.HEAD), (1, {"kind": "clp", "u": 0.5}, fit, 0)
+    made = shelf.purify(model, *arguments)
+    with monkeypatch.context() as without:
+        without.setattr(Clp, "purify", lambda *_, **__: pytest.fail("purified again"))
+        again = shelf.purified(model, *arguments)
+        with pytest.raises(pytest.fail.Exception, match="purified again"):
+            shelf.purified(model, 1, {"kind": "clp", "u": 2.0}, fit, 0)
+        with pytest.raises(pytest.fail.Exception, match="purified again"):
+            shelf.purified(made, *arguments)
+    inputs, _ = digits.held_out()
+    assert torch.equal(again(inputs), made(inputs))
+    assert not torch.equal(model(inputs), made(inputs))
 
 
 @pytest.mark.parametrize("kind", defences.RECIPES)
