@@ -171,6 +171,7 @@ def summary(found: Any) -> str:
 @click.option("--out", default="benchmarks/results/evidence-zoo.json", type=click.Path(path_type=Path))
 @click.option("--settings", default="fp32,int8", show_default=True)
 @click.option("--preset", default="fast", show_default=True)
+@click.option("--probe", "probes", multiple=True, help="JSON, instead of the preset's")
 @click.option("--noise", type=float, help="of references made on the spot, if not the default")
 @click.option("--samples", default=500, show_default=True, help="holdout samples that score a trigger")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
@@ -183,6 +184,7 @@ def main(
     out: Path,
     settings: str,
     preset: str,
+    probes: tuple[str, ...],
     noise: float | None,
     samples: int,
     threads: int,
@@ -190,7 +192,13 @@ def main(
 ) -> None:
     """Search every model under every setting and add the rows to the results."""
     torch.set_num_threads(threads)
-    section = {"preset": preset, "samples": samples, "rules": tuple(LIMITS)}
+    own = tuple(json.loads(probe) for probe in probes)
+    section = {
+        "preset": None if own else preset,
+        "probes": own,
+        "samples": samples,
+        "rules": tuple(LIMITS),
+    }
     spec = EvidenceSpec.model_validate(section | ({"forget": {"noise": noise}} if noise else {}))
     data = sources.named(dataset, cache, None)
     found = json.loads(out.read_text()) if out.is_file() else {"models": {}}
@@ -206,7 +214,8 @@ def main(
             known["rows"][name] = made | {"probes": made.get("probes") or searched}
         known["seconds"] = round(time.perf_counter() - started, 1)
         found |= {
-            "preset": preset,
+            "preset": "own" if own else preset,
+            "probes": spec.specs,
             "forget": spec.forget.model_dump(),
             "samples": samples,
             "seed": 0,
