@@ -243,3 +243,13 @@ def test_one_wave_alone_reaches_the_whole_amplitude(shape: tuple[int, ...]) -> N
     change = found.perturbation([share, turn], size).add
     assert change.max() == pytest.approx(0.1, rel=1e-4)
     assert change.abs().max() <= 0.1 + 1e-6
+
+
+def test_a_patch_on_a_tiny_image_has_room_for_four_pixels_and_for_six_in_contrast() -> None:
+    shape = torch.Size((3, 8, 8))
+    assert [Patch(contrast=contrast).budget(shape) for contrast in (False, True)] == [
+        "mask of 4.0 of 64 positions",
+        "mask of 6.0 of 64 positions",
+    ]
+    evenly = [torch.zeros(1, 64), torch.zeros(1, *shape)]
+    assert (1 - Patch(contrast=True).perturbation(evenly, shape).keep).sum().item() == pytest.approx(6)

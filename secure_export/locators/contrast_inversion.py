@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -87,7 +87,8 @@ class ContrastInversion(Inverts):
         }
 
     def _probe(self, family: Family) -> Probe:
-        effort = {"steps": self.steps, "images": self.images, "starts": self.starts, "finalists": 0.4}
+        effort: dict[str, Any] = {"steps": self.steps, "images": self.images, "starts": self.starts}
+        effort |= {"finalists": 0.4, "contrast": True}
         match family:
             case "patch":
                 return Patch(area=self.patch_area, **effort)
