@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from secure_export.errors import PolicyError
 from secure_export.policy import judge
-from secure_export.policy.evidence import MODES, PRESETS, Metric
+from secure_export.policy.evidence import MODES, Metric
+from secure_export.policy.presets import PRESETS
 from secure_export.records.measured import Count, Finding, Paired
 from secure_export.records.reported import Report
 from secure_export.records.searches import FoundTrigger, Rounding, Search

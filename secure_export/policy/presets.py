@@ -1,0 +1,35 @@
+"""Which probes a search for unknown triggers runs, and how hard, by the name that a policy gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+FAST: tuple[Mapping[str, Any], ...] = (
+    {"kind": "patch", "steps": 60, "images": 6, "finalists": 0.4},
+    {"kind": "l2", "steps": 90, "images": 4, "finalists": 0.4},
+    {"kind": "warp", "steps": 40, "images": 6, "finalists": 0.4},
+)
+PRESETS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
+    "fast": FAST,
+    "wide": (
+        *FAST,
+        {"kind": "large-patch", "steps": 60, "images": 6, "finalists": 0.4},
+        {"kind": "wave", "steps": 60, "images": 4, "starts": 2, "finalists": 0.3},
+    ),
+    "thorough": (
+        {"kind": "patch", "steps": 120, "images": 12},
+        {"kind": "large-patch", "steps": 120, "images": 12},
+        {"kind": "l2", "steps": 120, "images": 12},
+        {"kind": "linf", "steps": 100, "images": 12},
+        {"kind": "wave", "steps": 120, "images": 8, "starts": 4, "finalists": 0.3},
+        {"kind": "low-frequency", "steps": 100, "images": 12},
+        {"kind": "warp", "steps": 100, "images": 12},
+        {"kind": "filter", "steps": 100, "images": 12},
+    ),
+    "contrast": (
+        {"kind": "patch", "contrast": True, "area": 0.036, "steps": 60, "starts": 3, "finalists": 0.4},
+        {"kind": "l2", "contrast": True, "rms": 0.027, "steps": 60, "starts": 3, "finalists": 0.4},
+        {"kind": "wave", "contrast": True, "scan": 256, "steps": 60, "starts": 3, "finalists": 0.4},
+    ),
+}
