@@ -98,6 +98,7 @@ def searched(
         dict(file.environment),
         probe.kind,
         probe.model_dump(),
+        probe.budget(_shape(work)),
         mode,
         [(one.origin, one.target_class, *[digests.of_arrays(v.numpy()) for v in one.free]) for one in known],
         work.bench.splits.fit.sha256,
