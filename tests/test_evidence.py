@@ -237,6 +237,21 @@ def test_search_never_reads_the_holdout(
     assert [t.asr for t in second.found] != [t.asr for t in first.found]
 
 
+def test_a_stored_search_is_not_taken_for_one_of_a_larger_budget(
+    run_toy: RunToy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = EVIDENCE | {"probes": [PATCH | {"steps": 3}], "rules": EVIDENCE["rules"][:1]}
+
+    def searched() -> str:
+        report = run_toy(toys.clean(), settings=[FP32], release=["fp32"], evidence=quick)
+        return cold(report, "original", "fp32").triggers_sha256
+
+    first = searched()
+    assert searched() == first
+    monkeypatch.setattr(Patch, "_mass", lambda *_: 9.0)
+    assert searched() != first
+
+
 def test_search_cut_short_decides_nothing_and_is_reported(run_toy: RunToy, tmp_path: Any) -> None:
     short = EVIDENCE | {"seconds": 1e-6, "rules": EVIDENCE["rules"][:1]}
     report = run_toy(toys.clean(), settings=[FP32], release=["fp32"], evidence=short)
