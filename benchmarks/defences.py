@@ -111,12 +111,15 @@ def trial(
     """One purifier on one model: what it was given, what is left, what it cost."""
     about = cards.read(card)
     model = load(card.with_suffix(".safetensors"), about)
+    target = about["target_class"]
     began = (time.monotonic(), time.process_time())
     if recipe["kind"] != "none":
-        model = shelf.purify(model, about["target_class"], recipe, fit, seed)
         purifier = registry.build(Purifier, "purifiers", recipe)
-        recipe = {"kind": purifier.kind, **purifier.model_dump(mode="json")}
+        model = purifier.purify(model, HEAD, target, fit, seed=seed).model
     cost = (time.monotonic() - began[0], time.process_time() - began[1])
+    if recipe["kind"] != "none":
+        shelf.keep(model, load(card.with_suffix(".safetensors"), about), target, recipe, fit, seed)
+        recipe = {"kind": purifier.kind, **purifier.model_dump(mode="json")}
     return {
         "model": about["name"],
         "attack": about["attack"],

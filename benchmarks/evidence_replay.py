@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from benchmarks import cards, datasets
-from benchmarks.defences import HEAD, load
+from benchmarks.defences import HEAD, RECIPES, load
 from benchmarks.evidence import LIMITS, SETTINGS, bench_of
 from benchmarks.purified import Shelf
 from secure_export import digests
@@ -57,22 +57,28 @@ def repaired(
 ) -> Iterator[tuple[Mapping[str, Any], nn.Module]]:
     """`bad` after every repair: `{"share": s}` of the way to `clean`, or to what a purifier makes of it if
     the repair says `toward`; or a purifier by its fields."""
-    goals: dict[str, nn.Module | None] = {"": clean}
+    goals = {} if clean is None else {"": clean}
     for repair in repairs:
         if "kind" in repair:
             yield repair, shelf.purified(bad, target, repair, bench.splits.fit, bench.seed)
             continue
         toward = repair.get("toward", "")
         if toward not in goals:
-            recipe = {"kind": toward}
+            recipe = {"kind": toward, **RECIPES[toward]}
             goals[toward] = shelf.purified(bad, target, recipe, bench.splits.fit, bench.seed)
-        if (goal := goals[toward]) is None:
-            continue
         if "share" in repair:
-            yield repair, between(bad, goal, repair["share"])
+            yield repair, between(bad, goals[toward], repair["share"])
         else:
-            share = share_that_leaves(repair["left"], bad, goal, target, bench)
-            yield repair | {"share": round(share, 3)}, between(bad, goal, share)
+            share = share_that_leaves(repair["left"], bad, goals[toward], target, bench)
+            yield repair | {"share": round(share, 3)}, between(bad, goals[toward], share)
+
+
+def made_already(row: Mapping[str, Any], repair: Mapping[str, Any], warm: bool) -> bool:
+    """Whether a stored row is of this repair; how far `left` took it was found on the way."""
+    stored = {
+        key: value for key, value in row["repair"].items() if key != "share" or "left" not in row["repair"]
+    }
+    return stored == repair and (row.get("warm", True) or not warm)
 
 
 @torch.no_grad()
@@ -133,7 +139,9 @@ def numbers(found: FoundTrigger) -> dict[str, list[int]]:
 @click.command()
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--clean", type=click.Path(path_type=Path, exists=True), help="what --share moves to")
-@click.option("--toward", help="a kind of purifier, whose result --share and --left move to instead")
+@click.option(
+    "--toward", type=click.Choice(tuple(RECIPES)), help="a purifier, whose result --share and --left move to"
+)
 @click.option("--share", "shares", multiple=True, type=float, help="of the way there")
 @click.option("--left", "lefts", multiple=True, type=float, help="as far on the way as leaves this ASR")
 @click.option(
@@ -180,7 +188,7 @@ def main(**o: Any) -> None:
     for path in o["models"]:
         card = cards.read(path.with_suffix(".json"))
         rows = stored["models"].setdefault(path.stem, [])
-        repairs = [one for one in wanted if not any(one.items() <= row["repair"].items() for row in rows)]
+        repairs = [one for one in wanted if not any(made_already(row, one, o["warm"]) for row in rows)]
         bench = bench_of(card, data, o["folder"] / f"{path.parent.name}-{path.stem}", o["samples"])
         work, model = work_of(spec, len(card["classes"]), bench), load(path, card)
         original = at_the_head(model, HEAD, "original", digests.of_file(path), bench)
@@ -204,7 +212,7 @@ def main(**o: Any) -> None:
             target = card["target_class"]
             made = {result.setting: row(result, tried, searches, target) for result in results}
             told = {"sha256": card["sha256"], "target_class": card["target_class"]}
-            rows.append({"repair": repair} | told | {"settings": made})
+            rows.append({"repair": repair, "warm": o["warm"]} | told | {"settings": made})
             click.echo(f"{path.stem} {json.dumps(rows[-1])}", err=True)
             about = {"preset": o["preset"], "samples": o["samples"], "seed": 0, "versions": dict(versions())}
             o["out"].write_text(json.dumps(stored | about, indent=1) + "\n")

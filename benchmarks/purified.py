@@ -12,44 +12,45 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from secure_export import digests, registry
+from secure_export.environment import versions
 from secure_export.purifiers import Purifier
 from secure_export.records.memory import Split
 
 
 @dataclass(frozen=True)
 class Shelf:
-    """A folder of purified weights, each called after the model, the purifier, the samples and the seed."""
+    """A folder of purified weights, called after all that made them: model, purifier, samples, seed, code."""
 
     folder: Path
     head: str
 
-    def purify(
-        self, model: nn.Module, target: int, recipe: Mapping[str, Any], fit: Split, seed: int
-    ) -> nn.Module:
-        """What a purifier makes of a copy of `model`, made anew and kept."""
-        purifier = registry.build(Purifier, "purifiers", dict(recipe))
-        made = purifier.purify(copy.deepcopy(model), self.head, target, fit, seed=seed).model
-        self.folder.mkdir(parents=True, exist_ok=True)
-        state = {name: value.contiguous() for name, value in made.state_dict().items()}
-        save_file(state, self._path(model, target, recipe, fit, seed))
-        return made
-
     def purified(
         self, model: nn.Module, target: int, recipe: Mapping[str, Any], fit: Split, seed: int
     ) -> nn.Module:
-        """The same from disk, if it is there."""
+        """What a purifier makes of a copy of `model`: from disk, if it is there, or made and kept."""
         path = self._path(model, target, recipe, fit, seed)
-        if not path.is_file():
-            return self.purify(model, target, recipe, fit, seed)
         made = copy.deepcopy(model)
-        made.load_state_dict(load_file(path))
-        return made.eval()
+        if path.is_file():
+            made.load_state_dict(load_file(path))
+            return made.eval()
+        purifier = registry.build(Purifier, "purifiers", dict(recipe))
+        made = purifier.purify(made, self.head, target, fit, seed=seed).model
+        self.keep(made, model, target, recipe, fit, seed)
+        return made
+
+    def keep(
+        self, made: nn.Module, model: nn.Module, target: int, recipe: Mapping[str, Any], fit: Split, seed: int
+    ) -> None:
+        """Store what was made of `model`, whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self._path(model, target, recipe, fit, seed)
+        partial = path.with_suffix(".partial")
+        save_file({name: value.contiguous() for name, value in made.state_dict().items()}, partial)
+        partial.rename(path)
 
     def _path(self, model: nn.Module, target: int, recipe: Mapping[str, Any], fit: Split, seed: int) -> Path:
         purifier = registry.build(Purifier, "purifiers", dict(recipe))
         samples = digests.of_arrays(fit.inputs.numpy(), fit.labels.numpy())
-        weights = digests.of_state(model.state_dict())
-        name = digests.of_json(
-            [weights, target, purifier.kind, purifier.model_dump(mode="json"), samples, seed]
-        )
+        made_of = [digests.of_state(model.state_dict()), self.head, target, samples, seed, dict(versions())]
+        name = digests.of_json([purifier.kind, purifier.model_dump(mode="json"), *made_of])
         return self.folder / f"{purifier.kind}-{name[:16]}.safetensors"

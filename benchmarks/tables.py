@@ -58,7 +58,13 @@ class Located:
 @click.option("--out", type=click.Path(path_type=Path), help="write here instead of printing")
 def main(results: Path, zoo: str, out: Path | None) -> None:
     """Every table as Markdown, of one build of the zoo: what stands side by side was tried on one model."""
-    published, present = json.loads(PUBLISHED.read_text()), weights(results / f"{zoo}.json")
+    cards = results / f"{zoo}.json"
+    if not cards.is_file():
+        raise click.UsageError(
+            f"no cards {cards}: python -m benchmarks.zoo_table --result {cards} writes them"
+        )
+    present = {name: card["sha256"] for name, card in json.loads(cards.read_text()).items()}
+    published = json.loads(PUBLISHED.read_text())
     found = (*trials(results, present), *rounded(results, present))
     text = "\n".join(document(published, found, tuple(located(results, present))))
     if out is None:
@@ -73,7 +79,7 @@ def trials(results: Path, present: Mapping[str, str]) -> Iterator[Trial]:
         found = json.loads(path.read_text())
         recipe = found["recipe"]
         model, fit, seed = found["model"], found["fit"], found["seed"]
-        if not present or found["sha256"] == present.get(model):
+        if found["sha256"] == present.get(model):
             yield Trial(model, recipe["kind"], fit, seed, found["settings"], recipe)
             yield Trial(model, "none", fit, seed, found["before"])
 
@@ -85,15 +91,6 @@ def rounded(results: Path, present: Mapping[str, str]) -> Iterator[Trial]:
         model = Path(place).name
         if place != "versions" and found["sha256"] == present.get(model) and "efrap" in found["rows"]:
             yield Trial(model, "efrap", 500, 0, {"int8-u8s8": found["rows"]["efrap"]})
-
-
-def weights(cards: Path) -> Mapping[str, str]:
-    """Digest of the present weights of every zoo model by name; empty where no card is stored."""
-    return (
-        {name: card["sha256"] for name, card in json.loads(cards.read_text()).items()}
-        if cards.is_file()
-        else {}
-    )
 
 
 def located(results: Path, present: Mapping[str, str]) -> Iterator[Located]:

@@ -7,6 +7,9 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
+
+from secure_export import digests
 
 LIBRARIES = (
     "secure-export",
@@ -32,8 +35,8 @@ EXTRAS = (
 
 
 def versions() -> Mapping[str, str]:
-    """Version of each library that can change a result, and of Python."""
-    found = {"python": platform.python_version(), "machine": platform.machine()}
+    """Version of each library that can change a result, of Python, and of this package's own code."""
+    found = {"python": platform.python_version(), "machine": platform.machine(), "code": code()}
     for library in (*LIBRARIES, *EXTRAS):
         try:
             found[library] = metadata.version(library)
@@ -41,6 +44,12 @@ def versions() -> Mapping[str, str]:
             if library in LIBRARIES:
                 found[library] = "absent"
     return found
+
+
+def code(folder: Path = Path(__file__).parent) -> str:
+    """Digest of a package's modules: between two releases the same version computes other things."""
+    modules = sorted(folder.rglob("*.py"))
+    return digests.of_json([[str(path.relative_to(folder)), digests.of_file(path)] for path in modules])[:16]
 
 
 class Clock:

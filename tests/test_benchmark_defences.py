@@ -63,7 +63,7 @@ def test_what_was_purified_once_is_taken_from_disk_and_nothing_else_in_its_place
 ) -> None:
     model, fit = digits.trained(True), digits.fit_split()
     shelf, arguments = Shelf(tmp_path, digits.HEAD), (1, {"kind": "clp", "u": 0.5}, fit, 0)
-    made = shelf.purify(model, *arguments)
+    made = shelf.purified(model, *arguments)
     with monkeypatch.context() as without:
         without.setattr(Clp, "purify", lambda *_, **__: pytest.fail("purified again"))
         again = shelf.purified(model, *arguments)

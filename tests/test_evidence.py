@@ -164,9 +164,10 @@ def repaired(self: object, model: Any, head: str, target_class: int, fit: Split,
     return Purified(model.eval(), ())
 
 
+@pytest.mark.parametrize(("purify", "refused"), [(half_purified, {"fp32"}), (repaired, set())])
 @pytest.mark.parametrize("reading", ["lift", "contrast"])
 def test_a_replay_makes_references_of_the_purified_file_only_for_a_rule_that_reads_them(
-    reading: str, run_toy: RunToy, monkeypatch: pytest.MonkeyPatch
+    reading: str, purify: Any, refused: set[str], run_toy: RunToy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
 
@@ -174,7 +175,7 @@ def test_a_replay_makes_references_of_the_purified_file_only_for_a_rule_that_rea
         asked.append(file.result.lane)
         return References(toys.clean(), (toys.clean(),))
 
-    monkeypatch.setattr(FineTune, "purify", repaired)
+    monkeypatch.setattr(FineTune, "purify", purify)
     monkeypatch.setattr(one, "references_of", known)
     rules = [
         {"metric": "inverted_contrast", "at_most": 0.5},
@@ -187,8 +188,8 @@ def test_a_replay_makes_references_of_the_purified_file_only_for_a_rule_that_rea
     modes = [search.mode for search in report.evidence.searches if search.lane == "purified"]
     assert modes == ["cold", "replay"]
     assert asked == ["original", "purified", *(["purified"] if reading == "contrast" else [])]
-    assert failed(report, f"replay_{reading}") == set()
-    assert all(f.passed for f in report.verdict.findings if f.rule == f"replay_{reading}")
+    assert failed(report, f"replay_{reading}") == refused
+    assert [f.passed for f in report.verdict.findings if f.rule == f"replay_{reading}"] == [not refused]
 
 
 @pytest.mark.parametrize(("purify", "refused"), [(half_purified, {"fp32"}), (repaired, set())])
@@ -235,21 +236,6 @@ def test_search_never_reads_the_holdout(
     assert second.triggers_sha256 == first.triggers_sha256
     assert [t.fit for t in second.found] == [t.fit for t in first.found]
     assert [t.asr for t in second.found] != [t.asr for t in first.found]
-
-
-def test_a_stored_search_is_not_taken_for_one_of_a_larger_budget(
-    run_toy: RunToy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    quick = EVIDENCE | {"probes": [PATCH | {"steps": 3}], "rules": EVIDENCE["rules"][:1]}
-
-    def searched() -> str:
-        report = run_toy(toys.clean(), settings=[FP32], release=["fp32"], evidence=quick)
-        return cold(report, "original", "fp32").triggers_sha256
-
-    first = searched()
-    assert searched() == first
-    monkeypatch.setattr(Patch, "_mass", lambda *_: 9.0)
-    assert searched() != first
 
 
 def test_search_cut_short_decides_nothing_and_is_reported(run_toy: RunToy, tmp_path: Any) -> None:

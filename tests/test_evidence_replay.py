@@ -144,3 +144,14 @@ def test_what_broke_no_rule_on_the_original_is_not_read(
     )
     one = {"tried": {"replay patch": {"found": [trigger]}}}
     assert evidence_replay_table.said({"fp32": one}, policy) == outcome
+
+
+def test_a_repair_that_is_stored_is_no_other_one() -> None:
+    row = {"repair": {"left": 0.2, "toward": "lmr-plus", "share": 0.4}, "warm": False}
+    assert evidence_replay.made_already(row, {"left": 0.2, "toward": "lmr-plus"}, warm=False)
+    assert not evidence_replay.made_already(row, {"left": 0.2, "toward": "lmr-plus"}, warm=True)
+    assert not evidence_replay.made_already(row, {"left": 0.2}, warm=False)
+    assert not evidence_replay.made_already(
+        {"repair": {"kind": "lmr", "m1": 10}}, {"kind": "lmr"}, warm=False
+    )
+    assert evidence_replay.made_already({"repair": {"share": 1.0}}, {"share": 1.0}, warm=True)

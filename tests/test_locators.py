@@ -12,14 +12,17 @@ import torch
 from secure_export import registry, views
 from secure_export.defence import disagreements
 from secure_export.errors import CompressError, NoVerdict
+from secure_export.forgetting import References
 from secure_export.locators import Locator
 from secure_export.locators.anti_learning import AntiLearning
+from secure_export.locators.contrast_inversion import _Compared
 from secure_export.locators.latent_shift import LatentShift, least_distance, shift_norms
 from secure_export.locators.max_margin import MaxMargin, outlier_p
 from secure_export.policy import Setting
+from secure_export.probes.patch import Patch
 from secure_export.records.measured import ALWAYS_NAMES, UNREAD, Disagreement, Suspect
-from secure_export.records.memory import Split, View
-from tests import digits
+from secure_export.records.memory import Split, View, silent
+from tests import digits, toys
 
 KINDS = registry.names("locators")
 
@@ -45,7 +48,7 @@ def test_names_the_target_of_a_strong_backdoor(kind: str, head: str) -> None:
     suspect = located(kind, True, head)
     assert int(np.argmax(suspect.scores)) == digits.TARGET
     if (kind, head) == ("max-margin", "conv"):
-        # A known miss (docs/evidence-measured.md): p = .062 stays above the threshold of .05.
+        # A known miss: p = .062 stays above the threshold of .05.
         pytest.xfail("the largest margin is the target's, but not named")
     assert suspect.target_class == digits.TARGET
 
@@ -94,6 +97,18 @@ def test_inversion_names_no_class_of_a_ruin_and_needs_gradients(kind: str) -> No
     assert (suspect.target_class, suspect.evidence["collapsed"]) == (None, True)
     with pytest.raises(CompressError, match="no differentiable twin"):
         locator.locate(replace(view, twin=None), fit, seed=0)
+
+
+@pytest.mark.parametrize("knowing", [(False, True), (True, False), (True, True)])
+def test_the_reference_that_obeys_least_tells_the_contrast(knowing: tuple[bool, ...]) -> None:
+    judges = tuple(toys.awake() if knows else toys.clean() for knows in knowing)
+    inputs, labels = toys.samples(200)
+    split = Split(torch.tensor(inputs), torch.tensor(labels), "toy")
+    compared = _Compared(toys.awake(), References(toys.clean(), judges), split, split)
+    probe = Patch(area=0.0625, steps=60, images=8)
+    scores = compared.contrasts(probe, toys.CLASSES, 0, silent)
+    assert (scores[toys.TARGET] > 0.9) == (not all(knowing))
+    assert max(score for c, score in enumerate(scores) if c != toys.TARGET) < 0.5
 
 
 def test_contrast_inversion_compares_with_no_ruin() -> None:

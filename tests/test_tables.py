@@ -27,6 +27,9 @@ def stored(folder: Path, name: str, **changes: Any) -> None:
 
 
 def lines_of(folder: Path) -> list[str]:
+    cards = folder / "zoo.json"
+    if not cards.exists():
+        cards.write_text(json.dumps({name: {"sha256": "now"} for name in ("badnets", "sig")}))
     result = CliRunner().invoke(tables.main, ["--results", str(folder)])
     assert result.exit_code == 0, result.output
     return result.output.splitlines()
@@ -93,6 +96,8 @@ def test_a_table_is_of_one_build_and_says_nothing_of_models_that_it_lacks(tmp_pa
         result = CliRunner().invoke(tables.main, ["--results", str(tmp_path), "--zoo", build])
         lines = result.output.splitlines()
         assert ["missing" not in line for row in rows for line in lines if line.startswith(row)] == answered
+    result = CliRunner().invoke(tables.main, ["--results", str(tmp_path), "--zoo", "unknown"])
+    assert (result.exit_code, "no cards" in result.output) == (2, True)
 
 
 def test_published_cells_ask_for_things_that_exist() -> None:

@@ -98,7 +98,6 @@ def searched(
         dict(file.environment),
         probe.kind,
         probe.model_dump(),
-        probe.budget(_shape(work)),
         mode,
         [(one.origin, one.target_class, *[digests.of_arrays(v.numpy()) for v in one.free]) for one in known],
         work.bench.splits.fit.sha256,
@@ -164,7 +163,7 @@ def _references(file: Opened, probe: Probe, mode: SearchMode, work: Work) -> Ref
 
 def _compares(probe: Probe, mode: SearchMode, work: Work) -> bool:
     """Whether references are wanted: a replay counts on the file alone unless a rule reads more."""
-    return probe.contrast and (mode != "replay" or work.spec.contrasted_again)
+    return probe.contrast and (mode != "replay" or work.spec.contrasted_again(probe.name))
 
 
 def _run(

@@ -176,13 +176,15 @@ class EvidenceSpec(Section):
                 "no rule on inverted_asr or inverted_lift: where nothing was purified, nothing would be asked"
             )
         for rule in self.rules:
+            if rule.mode == "warm":
+                named = set(rule.probes) if isinstance(rule.probes, tuple) else set(self.warmed)
+                if not named or named - set(self.warmed):
+                    raise ValueError(
+                        f"{rule.metric} is read of probes that are never searched warm: list them in warm"
+                    )
             read = set(self.read_by(rule))
             if rule.reading == "contrast" and not (read and read <= set(self.contrasting)):
                 raise ValueError(f"{rule.metric} is read of probes with `contrast: true` alone")
-            if rule.mode == "warm" and not read:
-                raise ValueError(
-                    f"{rule.metric} is read of probes that are never searched warm: list them in warm"
-                )
             if rule.reading == "excess" and not self.references:
                 raise ValueError(f"{rule.metric} is read against clean models: give references")
             if rule.evident:
@@ -283,10 +285,12 @@ class EvidenceSpec(Section):
             if self.broken(bound[search.setting], probe, found.counted)
         }
 
-    @property
-    def contrasted_again(self) -> bool:
-        """Whether replayed triggers are tried on references of the purified file too, which takes minutes."""
-        return any(rule.reading == "contrast" and rule.mode == "replay" for rule in self.rules)
+    def contrasted_again(self, probe: str) -> bool:
+        """Whether a rule reads what a probe's replayed triggers do to references of the purified file."""
+        return any(
+            rule.reading == "contrast" and rule.mode == "replay" and probe in self.read_by(rule)
+            for rule in self.rules
+        )
 
     @property
     def compared_again(self) -> bool:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 OPAQUE = 10.0
 """A logit that makes a position certain."""
 FEWEST_IN_CONTRAST = 6.0
-"""A soft mask needs room around a patch of 2x2. On tiny images natural patches of that size reach every
-class, but not in contrast to references (docs/evidence-measured.md)."""
+"""A soft mask needs room around a patch of 2x2, and in contrast to references natural patches of that size
+reach less far (docs/evidence-measured.md)."""
 
 
 class Patch(Probe):

@@ -29,7 +29,7 @@ class FoundTrigger:
     lift: Paired | None = None
     fit_contrast: Paired | None = None
     """Fit samples that it carries into the class in the file and not in a reference that forgot, against the
-    reverse, with the reference of several that obeys it least; None where the probe makes no contrast."""
+    reverse, with the reference of several that obeys it least; None where nothing was compared."""
     contrast: Paired | None = None
     """The same on the holdout, with that reference."""
     origin: str = ""
