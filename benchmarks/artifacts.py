@@ -12,7 +12,6 @@ on where another call was stopped. `artifacts_table` draws what is stored.
 from __future__ import annotations
 
 import copy
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from benchmarks import cards, datasets, networks
+from benchmarks import cards, datasets, networks, stored
 from secure_export import architectures, digests, heads, registry
 from secure_export.compressors import Context
 from secure_export.compressors._layers import recalibrate_batchnorm
@@ -42,6 +41,7 @@ from secure_export.runtimes.torch_eager import from_module
 from secure_export.triggers import Trigger
 
 RESULTS = Path(__file__).parent / "results" / "artifacts.json"
+EMPTY: Mapping[str, Any] = {"seed": 0, "models": {}, "environments": {}}
 ORT, PTE, OV = {"kind": "onnx"}, {"kind": "executorch"}, {"kind": "openvino"}
 PT2, WEIGHTS, TFLITE = {"kind": "pt2"}, {"kind": "safetensors"}, {"kind": "litert"}
 HALF = {"kind": "prune-structured", "ratio": 0.5}
@@ -140,11 +140,10 @@ def begun(
     grids: Sequence[FakeQuant] = (),
 ) -> Wanted:
     """What to measure of the model `name`; rows of another model that was stored by that name go."""
-    content = stored()
-    parts = content["models"].get(name, {})
-    if parts.get("about") != about:
-        parts = content["models"][name] = {"about": dict(about)}
-        RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    with stored.changed(RESULTS, EMPTY) as content:
+        parts = content["models"].get(name, {})
+        if parts.get("about") != about:
+            parts = content["models"][name] = {"about": dict(about)}
     rows = parts.get("settings", {}) if missing else {}
     swept = parts.get("grids", {}) if missing else {}
     return Wanted(
@@ -252,22 +251,15 @@ def swept_row(step: FakeQuant, lined: Lined, bench: Bench) -> dict[str, Any]:
     return numbers(found)
 
 
-def stored() -> dict[str, Any]:
-    """The results so far."""
-    found: dict[str, Any] = {"seed": 0, "models": {}, "environments": {}}
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else found
-
-
 def store(name: str, part: str, key: str, found: Mapping[str, Any]) -> None:
     """Add one row to the results, and say it; versions stand under that of torch, which every row names."""
     click.echo(f"{name} {key}: {dict(found)}")
-    content = stored()
-    rows = content["models"][name].setdefault(part, {})
-    if absent(found) and not absent(rows.get(key, found)):
-        return  # measured in another environment
-    rows[key] = {**found, "torch": torch.__version__}
-    content["environments"].setdefault(torch.__version__, {}).update(versions())
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    with stored.changed(RESULTS, EMPTY) as content:
+        rows = content["models"][name].setdefault(part, {})
+        if absent(found) and not absent(rows.get(key, found)):
+            return  # measured in another environment
+        rows[key] = {**found, "torch": torch.__version__}
+        content["environments"].setdefault(torch.__version__, {}).update(versions())
 
 
 def absent(found: Mapping[str, Any]) -> bool:

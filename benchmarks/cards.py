@@ -84,13 +84,6 @@ def card(
     }
 
 
-def write(content: dict[str, Any], path: Path) -> None:
-    """The card as JSON, whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.rename(path)
-
-
 def read(path: Path) -> dict[str, Any]:
     """A stored card."""
     content: dict[str, Any] = json.loads(path.read_text())

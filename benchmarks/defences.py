@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from benchmarks import cards, datasets, generated, networks, settings
+from benchmarks import cards, datasets, generated, networks, settings, stored
 from benchmarks.entries import ZOO
 from benchmarks.measuring import counts
 from benchmarks.purified import Shelf
@@ -95,7 +95,7 @@ def main(**o: Any) -> None:
                 path = o["out"] / trial_name(cards.read(card), recipe, len(fit), seed)
                 if not path.exists():
                     result = trial(card, recipe, fit, data, seed, Shelf(o["kept"], HEAD))
-                    cards.write(result, path)
+                    stored.write(result, path)
                     click.echo(f"{path.name}: {shown(result['settings'])}, {result['cpu_seconds']} CPU s")
 
 

@@ -22,7 +22,7 @@ import click
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import sleeping
+from benchmarks import sleeping, stored
 from benchmarks.artifacts import STEPS
 from secure_export import architectures, registry
 from secure_export.compressors import Compressor
@@ -57,11 +57,8 @@ def main(
         (folder / "every-format.yaml").write_text(json.dumps(policy(only, without), indent=1))
         given = sleeping.samples(data, HOLDOUT, folder)
         found = judged(folder, network, given, out or folder / "run")
-    content: dict[str, Any] = {"seed": 0, "networks": {}}
-    if RESULTS.exists():
-        content = json.loads(RESULTS.read_text())
-    content["networks"][" ".join([network, *only, *(f"-{part}" for part in without)])] = found
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    with stored.changed(RESULTS, {"seed": 0, "networks": {}}) as content:
+        content["networks"][" ".join([network, *only, *(f"-{part}" for part in without)])] = found
     click.echo(drawn(content))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import click
 import torch
 
-from benchmarks import cards, datasets, sources
+from benchmarks import cards, datasets, sources, stored
 from benchmarks.defences import load
 from benchmarks.purify_trials import stratified
 from secure_export import digests, heads, registry
@@ -201,27 +201,26 @@ def main(
     }
     spec = EvidenceSpec.model_validate(section | ({"forget": {"noise": noise}} if noise else {}))
     data = sources.named(dataset, cache, None)
-    found = json.loads(out.read_text()) if out.is_file() else {"models": {}}
     for path in models:
         started = time.perf_counter()
         names = settings.split(",")
         place = folder / f"{path.parent.name}-{path.stem}"
         rows = one(path, names, spec, data, place, samples, search)
-        known = found["models"].setdefault(f"{path.parent.name}/{path.stem}", rows)
-        for name, made in rows["rows"].items():
-            # Truth and rounding are quick to measure again; a search stays until it is repeated.
-            searched = known["rows"].get(name, {}).get("probes") or {}
-            known["rows"][name] = made | {"probes": made.get("probes") or searched}
-        known["seconds"] = round(time.perf_counter() - started, 1)
-        found |= {
-            "preset": "own" if own else preset,
-            "probes": spec.specs,
-            "forget": spec.forget.model_dump(),
-            "samples": samples,
-            "seed": 0,
-            "versions": dict(versions()),
-        }
-        out.write_text(json.dumps(found, indent=1) + "\n")
+        with stored.changed(out) as found:
+            known = found["models"].setdefault(f"{path.parent.name}/{path.stem}", rows)
+            for name, made in rows["rows"].items():
+                # Truth and rounding are quick to measure again; a search stays until it is repeated.
+                searched = known["rows"].get(name, {}).get("probes") or {}
+                known["rows"][name] = made | {"probes": made.get("probes") or searched}
+            known["seconds"] = round(time.perf_counter() - started, 1)
+            found |= {
+                "preset": "own" if own else preset,
+                "probes": spec.specs,
+                "forget": spec.forget.model_dump(),
+                "samples": samples,
+                "seed": 0,
+                "versions": dict(versions()),
+            }
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import click
 import torch
 from torch import nn
 
-from benchmarks import cards, datasets
+from benchmarks import cards, datasets, stored
 from benchmarks.defences import HEAD, RECIPES, load
 from benchmarks.evidence import LIMITS, SETTINGS, bench_of
 from benchmarks.purified import Shelf
@@ -75,10 +75,10 @@ def repaired(
 
 def made_already(row: Mapping[str, Any], repair: Mapping[str, Any], warm: bool) -> bool:
     """Whether a stored row is of this repair; how far `left` took it was found on the way."""
-    stored = {
+    told = {
         key: value for key, value in row["repair"].items() if key != "share" or "left" not in row["repair"]
     }
-    return stored == repair and (row.get("warm", True) or not warm)
+    return told == repair and (row.get("warm", True) or not warm)
 
 
 @torch.no_grad()
@@ -165,7 +165,6 @@ def main(**o: Any) -> None:
 
     A repair that is stored already is not made again.
     """
-    stored = json.loads(o["out"].read_text()) if o["out"].is_file() else {"models": {}}
     if (o["shares"] or o["lefts"]) and o["clean"] is None and o["toward"] is None:
         raise click.UsageError("--share and --left are ways to another network: give --clean or --toward")
     torch.set_num_threads(1)
@@ -187,7 +186,7 @@ def main(**o: Any) -> None:
     clean_ones = [(path, load(path, cards.read(path.with_suffix(".json")))) for path in o["references"]]
     for path in o["models"]:
         card = cards.read(path.with_suffix(".json"))
-        rows = stored["models"].setdefault(path.stem, [])
+        rows = stored.read(o["out"])["models"].get(path.stem, [])
         repairs = [one for one in wanted if not any(made_already(row, one, o["warm"]) for row in rows)]
         bench = bench_of(card, data, o["folder"] / f"{path.parent.name}-{path.stem}", o["samples"])
         work, model = work_of(spec, len(card["classes"]), bench), load(path, card)
@@ -212,10 +211,16 @@ def main(**o: Any) -> None:
             target = card["target_class"]
             made = {result.setting: row(result, tried, searches, target) for result in results}
             told = {"sha256": card["sha256"], "target_class": card["target_class"]}
-            rows.append({"repair": repair, "warm": o["warm"]} | told | {"settings": made})
-            click.echo(f"{path.stem} {json.dumps(rows[-1])}", err=True)
-            about = {"preset": o["preset"], "samples": o["samples"], "seed": 0, "versions": dict(versions())}
-            o["out"].write_text(json.dumps(stored | about, indent=1) + "\n")
+            line = {"repair": repair, "warm": o["warm"]} | told | {"settings": made}
+            click.echo(f"{path.stem} {json.dumps(line)}", err=True)
+            with stored.changed(o["out"]) as found:
+                found["models"].setdefault(path.stem, []).append(line)
+                found |= {
+                    "preset": o["preset"],
+                    "samples": o["samples"],
+                    "seed": 0,
+                    "versions": dict(versions()),
+                }
 
 
 if __name__ == "__main__":

@@ -6,16 +6,14 @@ reach the target. References are to keep the task and to lose the trigger.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
 from torch import Tensor
 
-from benchmarks import cards, sources
+from benchmarks import cards, sources, stored
 from benchmarks.defences import load
 from benchmarks.evidence import bench_of
 from secure_export.environment import versions
@@ -58,7 +56,6 @@ def main(
     """Make the references of every model and add what they know to the results."""
     torch.set_num_threads(1)
     data = sources.named(dataset, cache, None)
-    stored: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {"rows": {}}
     for path in models:
         card = cards.read(path.with_suffix(".json"))
         bench, model = bench_of(card, data, folder, SAMPLES), load(path, card).eval()
@@ -67,10 +64,9 @@ def main(
         others = references(model, made, fit, least=0)
         asked = (model, others.avoided, *others.judges)
         row = [known(one, bench, card["target_class"]) for one in asked]
-        stored["rows"][f"{path.parent.name}/{path.stem} noise {noise:g}, {steps} steps"] = row
-        out.write_text(
-            json.dumps(stored | {"seeds": list(SEEDS), "versions": dict(versions())}, indent=1) + "\n"
-        )
+        with stored.changed(out, {"rows": {}}) as found:
+            found["rows"][f"{path.parent.name}/{path.stem} noise {noise:g}, {steps} steps"] = row
+            found |= {"seeds": list(SEEDS), "versions": dict(versions())}
         cells = [", ".join(f"{name} {hits / of:.3f}" for name, (hits, of) in one.items()) for one in row]
         click.echo(f"{path.parent.name}/{path.stem}, noise {noise:g}, {steps} steps: " + " | ".join(cells))
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from benchmarks import cards, datasets, generated, networks
+from benchmarks import cards, datasets, generated, networks, stored
 from benchmarks.attacks._poison import Apply
 from benchmarks.attacks.clean import clean
 from benchmarks.entries import ZOO, scaled
@@ -86,7 +86,7 @@ def make(name: str, lab: Lab) -> None:
     store(model, lab.path(name))
     log(f"{name}: {lab.path(name)} after {seconds:.0f}s of training")
     measured = measure(name, model, lab)
-    cards.write(describe(name, lab, seconds, measured), lab.path(name).with_suffix(".json"))
+    stored.write(describe(name, lab, seconds, measured), lab.path(name).with_suffix(".json"))
 
 
 def trained(name: str, lab: Lab) -> tuple[nn.Module, float]:
@@ -138,7 +138,7 @@ def measure(name: str, model: nn.Module, lab: Lab, names: Iterable[str] = ()) ->
 def describe(name: str, lab: Lab, seconds: float, measured: cards.Measured) -> dict[str, object]:
     """The card of entry `name`, whose weights lie on disk."""
     entry = ZOO[name]
-    stored = generated.stored_at(lab.out, name)
+    computed = generated.stored_at(lab.out, name)
     return cards.card(
         name,
         lab.path(name),
@@ -148,7 +148,7 @@ def describe(name: str, lab: Lab, seconds: float, measured: cards.Measured) -> d
         dataset=lab.dataset,
         channels=lab.data.train_x.shape[1],
         trigger=lab.tone or entry.trigger or Custom(callable=f"benchmarks.generated:{name}"),
-        trigger_sha256=digests.of_file(stored) if entry.trigger is None else None,
+        trigger_sha256=digests.of_file(computed) if entry.trigger is None else None,
         target_class=entry.target_class,
         classes=lab.data.classes,
         recipe=asdict(scaled(entry.recipe, lab.scale)),

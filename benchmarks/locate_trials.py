@@ -10,7 +10,6 @@ that no locator sees. Rows are added to the results; a model whose weights are t
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ from typing import Any
 import click
 import torch
 
-from benchmarks import cards, datasets, sources
+from benchmarks import cards, datasets, sources, stored
 from benchmarks.evidence import bench_of
 from benchmarks.purify_trials import stratified
 from secure_export import defence, digests, heads, registry
@@ -58,14 +57,13 @@ def main(
     policy = load_policy(policy_path)
     locate = every_locator(policy, only)
     chosen = [s for s in policy.expanded_settings() if s.name in settings.split(",")]
-    found = json.loads(out.read_text()) if out.is_file() else {"models": {}}
     loaded: dict[str, datasets.Images] = {}
     for path in models:
         card = cards.read(path)
         name = f"{path.parent.name}/{path.stem}"
         asked = {"sha256": card["sha256"], "settings": [s.name for s in chosen], "test": test}
         asked["locators"] = list(locate.methods)
-        known = found["models"].get(name, {})
+        known = stored.read(out)["models"].get(name, {})
         if covers(known, asked):
             continue
         dataset = card.get("dataset", "cifar10")
@@ -75,9 +73,13 @@ def main(
         rows = located(path, card, loaded[dataset], locate, chosen, folder / name.replace("/", "-"), test)
         kept = {key: card[key] for key in ("attack", "target_class", "architecture", "seed")}
         seconds = round(time.monotonic() - began, 1)
-        found["models"][name] = asked | kept | {"dataset": dataset, "rows": rows, "seconds": seconds}
-        found |= {"policy": policy_path.name, "policy_sha256": policy.sha256, "versions": dict(versions())}
-        out.write_text(json.dumps(found, indent=1) + "\n")
+        with stored.changed(out) as found:
+            found["models"][name] = asked | kept | {"dataset": dataset, "rows": rows, "seconds": seconds}
+            found |= {
+                "policy": policy_path.name,
+                "policy_sha256": policy.sha256,
+                "versions": dict(versions()),
+            }
         click.echo(f"{name} ({seconds:.0f} s)", err=True)
 
 

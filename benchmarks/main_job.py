@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 
+from benchmarks import stored
 from benchmarks.datasets import ARCHIVE, MEAN, STD
 from secure_export import digests
 from secure_export.records.searches import Search
@@ -60,7 +61,7 @@ def main(models: tuple[str, ...], policy: Path, zoo: Path, data: Path, holdout: 
         }
         job = "main-job" if policy.stem == "strict" else policy.stem
         path = RESULTS / f"{job}-{name}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        stored.write(result, path)
         click.echo(f"{name}: off exit {off['exit']}, on exit {on['exit']}: {path}")
 
 

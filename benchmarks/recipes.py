@@ -8,7 +8,6 @@ Results go to benchmarks/results/recipes.json, with what the processor can do.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -20,7 +19,7 @@ import click
 import torch
 from torch import nn
 
-from benchmarks import datasets, networks
+from benchmarks import datasets, networks, stored
 from benchmarks.artifacts import split
 from secure_export import digests, heads, lane
 from secure_export.environment import versions
@@ -43,14 +42,14 @@ BATCHES, ROUNDS, WARM = (1, 16), 9, 2
 @click.option("--table", is_flag=True, help="Print the stored results as Markdown; measure nothing.")
 def main(names: tuple[str, ...], data: Path, table: bool) -> None:
     """Measure NAMES of benchmarks.networks, with fresh weights: they do not change the speed."""
-    content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}}
     if not table:
         torch.set_num_threads(1)
         for name in names:
-            content["models"][name] = measured(model(name), data)
-            content |= {"cpu": cpu(), "threads": 1, "rounds": ROUNDS, "versions": dict(versions())}
-            RESULTS.write_text(json.dumps(content, indent=1) + "\n")
-    click.echo(drawn(content))
+            times = measured(model(name), data)
+            with stored.changed(RESULTS) as content:
+                content["models"][name] = times
+                content |= {"cpu": cpu(), "threads": 1, "rounds": ROUNDS, "versions": dict(versions())}
+    click.echo(drawn(stored.read(RESULTS)))
 
 
 def model(name: str) -> nn.Module:

@@ -8,7 +8,6 @@ card's trigger on those of other classes.
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import click
 import torch
 
-from benchmarks import cards, sources
+from benchmarks import cards, sources, stored
 from benchmarks.locate_trials import opened, truth
 from secure_export.environment import versions
 from secure_export.lane import through_settings
@@ -53,14 +52,11 @@ def main(
 ) -> None:
     """Quantize each of MODELS once a cure and add what the file does to the results."""
     torch.set_num_threads(1)
-    found = json.loads(out.read_text()) if out.is_file() else {}
     for path in models:
         card = cards.read(path)
         data = sources.named(card.get("dataset", "cifar10"), cache, None)
         name = f"{path.parent.name}/{path.stem}"
         bench, _, lined = opened(path, card, data, folder / name.replace("/", "-"), test)
-        model = found.setdefault(name, {"sha256": card["sha256"], "attack": card["attack"], "rows": {}})
-        rows = model["rows"]
         for cure in only or CURES:
             step = dict(CURES[cure])
             if step.get("kind") == "efrap":
@@ -69,16 +65,19 @@ def main(
             began = time.process_time()
             (result,) = through_settings(lined, [Setting(cure, steps, {"kind": "onnx"}, False)], bench)
             # A file that lay there already cost nothing this time.
-            spent = max(time.process_time() - began, rows.get(cure, {}).get("cpu_seconds", 0))
+            spent = time.process_time() - began
             changes = result.artifact.changes if result.artifact else ()
-            rows[cure] = truth(result, card["target_class"]) | {
+            row = truth(result, card["target_class"]) | {
                 "steps": steps,
                 "turned": [[change.changed, change.total] for change in changes if change.unit == "weights"],
-                "cpu_seconds": round(spent, 1),
             }
-            found["versions"] = dict(versions())
-            out.write_text(json.dumps(found, indent=1) + "\n")
-            click.echo(f"{name} {cure} {rows[cure]}", err=True)
+            with stored.changed(out, {}) as found:
+                about = {"sha256": card["sha256"], "attack": card["attack"], "rows": {}}
+                rows = found.setdefault(name, about)["rows"]
+                spent = max(spent, rows.get(cure, {}).get("cpu_seconds", 0))
+                rows[cure] = row | {"cpu_seconds": round(spent, 1)}
+                found["versions"] = dict(versions())
+            click.echo(f"{name} {cure} {row}", err=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import click
 import numpy as np
 import yaml
 
-from benchmarks import cards, datasets
+from benchmarks import cards, datasets, stored
 from secure_export import digests
 from secure_export.records.measured import SettingResult
 from secure_export.report.schema import load_report
@@ -130,10 +130,9 @@ def row(result: SettingResult, target_class: int) -> dict[str, Any]:
 def store(model: str, zoo: Path, name: str, found: Mapping[str, Any]) -> None:
     """Add one policy's outcome to the results, and say it."""
     click.echo(f"{model} {name}: exit {found['exit']}, {found['outcome']}, {len(found['failed'])} findings")
-    content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}}
-    entry = content["models"].setdefault(model, {"sha256": digests.of_file(zoo / f"{model}.safetensors")})
-    entry.setdefault("policies", {})[name] = dict(found)
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    with stored.changed(RESULTS) as content:
+        entry = content["models"].setdefault(model, {"sha256": digests.of_file(zoo / f"{model}.safetensors")})
+        entry.setdefault("policies", {})[name] = dict(found)
 
 
 def drawn(content: Mapping[str, Any]) -> str:

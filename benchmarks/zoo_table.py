@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
-from benchmarks import cards
+from benchmarks import cards, stored
 
 RESULT = Path(__file__).parent / "results" / "zoo.json"
 AWAKE, ASLEEP = 0.9, 0.05
@@ -20,7 +19,7 @@ def main(out: Path, result: Path) -> None:
     """Write every card of OUT to benchmarks/results/zoo.json and print the rows of docs/attacks.md."""
     found = [cards.read(path) for path in sorted(out.glob("*.json"))]
     found.sort(key=lambda card: (card["name"] != "clean", card["name"]))
-    result.write_text(json.dumps({card["name"]: card for card in found}, indent=1) + "\n")
+    stored.write({card["name"]: card for card in found}, result)
     click.echo("| model | setting | ACC | ASR | without the trigger | state |")
     click.echo("|---|---|---|---|---|---|")
     for card in found:
