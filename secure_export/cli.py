@@ -233,16 +233,15 @@ def _policy(name: str, given: dict[str, Any]) -> Any:
 
 
 def _found(name: str) -> Path:
-    """The file `name`, or the shipped policy of that name."""
+    """The shipped policy `name`, or the file: nothing in the working directory stands in for `strict`."""
     from secure_export.policy import shipped
 
     path = Path(name)
-    if path.exists() or path.suffix:
-        return path
-    found = shipped(name)
-    if found is None:
+    bare = path.name == name and not path.suffix
+    found = shipped(name) if bare else None
+    if found is None and bare and not path.is_file():
         raise PolicyError(f"no file {name!r}, and no policy of that name ships", hint=SHIPPED_ONES)
-    return found
+    return found or path
 
 
 def _report_of(run_dir: Path) -> Path:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,17 @@ def test_a_name_that_no_policy_has_is_told_which_ship() -> None:
     code, output = invoke("validate", "-p", "smok")
     assert code == 2
     assert "strict, balanced, blind, smoke" in output
+
+
+@pytest.mark.parametrize("made", [Path.mkdir, Path.touch], ids=["folder", "file"])
+def test_nothing_in_the_working_directory_stands_in_for_a_shipped_policy(
+    made: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(tmp_path / "strict")
+    monkeypatch.chdir(tmp_path)
+    code, output = invoke("validate", "-p", "strict")
+    assert code == 0, output
+    assert invoke("validate", "-p", "./strict")[0] == 2
 
 
 def test_a_model_without_an_architecture_is_told_so(tmp_path: Path) -> None:

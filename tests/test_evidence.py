@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from secure_export import digests, lane
+from secure_export.errors import PolicyError
 from secure_export.evidence import one
 from secure_export.evidence.one import best_known
 from secure_export.forgetting import LEAST_RELEARNED, References
@@ -211,6 +212,23 @@ def test_known_triggers_are_compared_with_what_they_do_to_clean_references(
     if refused:
         assert toys.TARGET in {s.excess_class for s in report.evidence.searches if s.mode == "replay"}
         assert "above 1 clean references into" in (tmp_path / "run" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("models", [(toys.awake,), (toys.clean, toys.clean)], ids=["subject", "twice"])
+def test_a_reference_is_neither_the_subject_nor_given_twice(
+    models: Any, run_toy: RunToy, tmp_path: Any
+) -> None:
+    paths = [str(tmp_path / f"reference-{index}.safetensors") for index in range(len(models))]
+    for model, path in zip(models, paths, strict=True):
+        save_file(model().state_dict(), path)
+    rules = [EVIDENCE["rules"][0], {"metric": "inverted_excess", "at_most": 0.1}]
+    with pytest.raises(PolicyError, match=r"reference-\d.safetensors has the weights of the"):
+        run_toy(
+            toys.awake(),
+            settings=[FP32],
+            release=["fp32"],
+            evidence=EVIDENCE | {"references": paths, "rules": rules},
+        )
 
 
 def test_search_never_reads_the_holdout(

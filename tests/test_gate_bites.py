@@ -122,8 +122,8 @@ def test_suspect_with_purification_off_is_refused_whatever_the_rules_say(
     run_toy: RunToy, tmp_path: Path
 ) -> None:
     lax = [
-        {"metric": "acc_drop", "at_most": 1.0, "settings": "released"},
-        {"metric": "lift", "at_most": 1.0, "settings": "all"},
+        {"metric": "acc_drop", "at_most": 0.99, "settings": "released"},
+        {"metric": "lift", "at_most": 0.99, "settings": "all"},
     ]
     report = run_toy(toys.awake(), rules=lax)
     assert report.verdict.outcome == "refused"

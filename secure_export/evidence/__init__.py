@@ -15,7 +15,7 @@ import torch
 
 from secure_export import digests, registry
 from secure_export.errors import CompressError, NoVerdict
-from secure_export.evidence.calibration import calibrated, referenced
+from secure_export.evidence.calibration import calibrated, check_references, referenced
 from secure_export.evidence.files import opened
 from secure_export.evidence.one import Known, Work, best_known, searched
 from secure_export.evidence.rounding import reading
@@ -48,7 +48,8 @@ def gather(policy: Policy, lanes: tuple[Results, Results], classes: int, bench: 
     if policy.evidence is None:
         return Gathered()
     work = work_of(policy.evidence, classes, bench)
-    (_, originals), (_, purifieds) = lanes
+    (original, originals), (_, purifieds) = lanes
+    check_references(policy, original, bench)
     found = cold_searches(originals, work)
     spec, settings = policy.evidence, policy.expanded_settings()
     heeded = any(rule.evident for rule in spec.rules)

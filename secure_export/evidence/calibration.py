@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from secure_export import loading
+from secure_export import digests, loading
 from secure_export.errors import PolicyError
 from secure_export.lane import at_the_head, through_settings
 from secure_export.records.measured import SettingResult
@@ -15,31 +15,54 @@ from secure_export.records.searches import Search
 from secure_export.statistics import conformal_p, excess
 
 if TYPE_CHECKING:
-    from secure_export.lane import Bench
+    from secure_export.lane import Bench, Lined
     from secure_export.policy import Policy
+    from secure_export.records.memory import Subject
+
+
+def check_references(policy: Policy, original: Lined | None, bench: Bench) -> None:
+    """References are models of their own: the subject beside itself shows nothing, and one counts once.
+
+    Raises:
+        PolicyError: two of them, or one and the subject, have the same weights; or no architecture to load
+            them into. LoadError: one that cannot be loaded.
+    """
+    seen = {digests.of_state(original.model.state_dict()): "the model under test"} if original else {}
+    for path, reference in loaded(policy, bench):
+        weights = digests.of_state(reference.model.state_dict())
+        if weights in seen:
+            raise PolicyError(
+                f"the reference {path} has the weights of {seen[weights]}",
+                hint="references are clean models that were trained apart, each named once",
+            )
+        seen[weights] = f"the reference {path}"
 
 
 def referenced(policy: Policy, bench: Bench) -> Iterator[list[SettingResult]]:
-    """Every clean reference through the same settings as the subject.
-
-    Raises:
-        PolicyError: no architecture to load them into. LoadError: one that cannot be loaded.
-    """
-    wanted, spec = policy.subject, policy.evidence
-    if wanted.architecture is None:
-        raise PolicyError("references need subject.architecture", hint="give --arch")
-    for path in spec.references if spec else ():
-        reference = loading.load(
-            Path(path),
-            wanted.architecture,
-            classes=wanted.classes,
-            head=wanted.head,
-            mean=wanted.mean,
-            std=wanted.std,
-            input_shape=tuple(bench.splits.fit.inputs.shape[1:]),
-        )
+    """Every clean reference through the same settings as the subject."""
+    for _, reference in loaded(policy, bench):
         lined = at_the_head(reference.model, reference.head, "original", reference.identity, bench)
         yield through_settings(lined, policy.expanded_settings(), bench)
+
+
+def loaded(policy: Policy, bench: Bench) -> Iterator[tuple[str, Subject]]:
+    """The clean references, one at a time."""
+    wanted, spec = policy.subject, policy.evidence
+    for path in spec.references if spec else ():
+        if wanted.architecture is None:
+            raise PolicyError("references need subject.architecture", hint="give --arch")
+        yield (
+            Path(path).name,
+            loading.load(
+                Path(path),
+                wanted.architecture,
+                classes=wanted.classes,
+                head=wanted.head,
+                mean=wanted.mean,
+                std=wanted.std,
+                input_shape=tuple(bench.splits.fit.inputs.shape[1:]),
+            ),
+        )
 
 
 def calibrated(found: Sequence[Search], references: Sequence[Sequence[Search]]) -> list[Search]:

@@ -80,6 +80,8 @@ class EvidenceRule(Section):
             raise ValueError(
                 f"{self.limit:g} is no rate: between 0 and 1, did you mean {self.limit / 100:g}?"
             )
+        elif self.limit == 1:
+            raise ValueError(f"no {self.metric} is above 1, so the rule could never fail")
         return self
 
     @property

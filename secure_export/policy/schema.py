@@ -193,6 +193,11 @@ class Rule(Section):
         """The one limit that is given."""
         return next(limit for limit in (self.at_most, self.at_least) if limit is not None)
 
+    @property
+    def can_fail(self) -> bool:
+        """Whether any count breaks the limit: no rate is above 1 or below 0."""
+        return self.metric == "logit_difference" or self.limit != (1 if self.metric in AT_MOST else 0)
+
     def binds(self, setting: Setting) -> bool:
         """Whether this rule looks at `setting`."""
         if self.settings == "released":
