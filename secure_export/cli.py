@@ -145,17 +145,21 @@ def validate(policy: str, **given: Any) -> None:
 @click.option("--schema", type=click.Choice(["report", "policy"]), help="Print a JSON schema instead.")
 @json_option
 def list_(family: str | None, schema: str | None, as_json: bool) -> None:
-    """What a policy can name: plug-ins by FAMILY, with their parameters."""
+    """What a policy can say: its own keys (`policy`), and plug-ins by FAMILY with their parameters."""
     from secure_export import registry
+    from secure_export.policy import parts
 
     if schema:
         click.echo(json.dumps(_schema(schema), indent=2))
         return
-    if family is not None and family not in registry.FAMILIES:
-        raise PolicyError(f"no family {family!r}", hint=f"known: {', '.join(registry.FAMILIES)}")
-    families = [family] if family else list(registry.FAMILIES)
+    known = ("policy", *registry.FAMILIES)
+    if family is not None and family not in known:
+        raise PolicyError(f"no family {family!r}", hint=f"known: {', '.join(known)}")
     found = {
-        name: {kind: registry.describe(name, kind) for kind in registry.names(name)} for name in families
+        name: parts()
+        if name == "policy"
+        else {kind: registry.describe(name, kind) for kind in registry.names(name)}
+        for name in ([family] if family else known)
     }
     if as_json:
         click.echo(json.dumps(found, indent=2, default=str))
@@ -165,7 +169,9 @@ def list_(family: str | None, schema: str | None, as_json: bool) -> None:
         for kind, described in kinds.items():
             click.echo(f"  {kind}: {described['summary']}")
             for parameter, field in described["parameters"].items():
-                click.echo(f"      {parameter} = {field['default']}  {field['description']}")
+                click.echo(
+                    f"      {parameter} = {_in_yaml(field['default'])}  {field['description']}".rstrip()
+                )
 
 
 @main.command()
@@ -256,6 +262,13 @@ def _schema(which: str) -> dict[str, Any]:
     from secure_export.policy import Policy
 
     return Policy.model_json_schema()
+
+
+def _in_yaml(value: Any) -> str:
+    """As one would write it in a policy."""
+    import yaml
+
+    return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).removesuffix("\n...\n").strip()
 
 
 def _print_verdict(verdict: Any) -> None:

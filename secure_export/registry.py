@@ -12,7 +12,7 @@ import importlib.util
 import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -99,10 +99,21 @@ def build(base: type[P], family: str, spec: Mapping[str, Any]) -> P:
 
 def describe(family: str, name: str) -> dict[str, Any]:
     """A plug-in's summary line and its parameters with default and description, for people and tools."""
-    cls = load(family, name)
+    return described(load(family, name))
+
+
+def described(cls: type[BaseModel]) -> dict[str, Any]:
+    """Of any model with documented fields: `{summary, parameters: {name: {default, description}}}`.
+
+    A field without a default has "needed" in its place; one of a few words names them.
+    """
     summary = (cls.__doc__ or "").strip().splitlines()[0] if cls.__doc__ else ""
-    fields = {
-        field: {"default": info.default, "description": info.description or ""}
-        for field, info in cls.model_fields.items()
-    }
+    fields = {}
+    for field, info in cls.model_fields.items():
+        default = "needed" if info.is_required() else info.default
+        if isinstance(default, BaseModel):
+            default = default.model_dump()
+        words = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
+        told = [info.description or "", f"one of {', '.join(map(str, words))}" if words else ""]
+        fields[field] = {"default": default, "description": "; ".join(filter(None, told))}
     return {"summary": summary, "parameters": fields}

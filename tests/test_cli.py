@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from secure_export import pipeline
 from secure_export.cli import main
-from secure_export.policy import load_policy
+from secure_export.policy import Policy, load_policy
 from secure_export.records.measured import Verdict
 from secure_export.records.reported import Report
 from secure_export.registry import FAMILIES, names
@@ -178,10 +178,20 @@ def test_list_shows_every_plugin_with_a_summary() -> None:
     code, output = invoke("list", "--json")
     assert code == 0
     listed = json.loads(output)
-    assert set(listed) == set(FAMILIES)
+    assert set(listed) == {"policy", *FAMILIES}
     for family in FAMILIES:
         assert sorted(listed[family]) == names(family)
         assert all(described["summary"] for described in listed[family].values())
+
+
+def test_list_explains_every_key_of_a_policy() -> None:
+    code, output = invoke("list", "policy", "--json")
+    assert code == 0
+    listed = json.loads(output)["policy"]
+    assert {"policy", "data", "rules", "evidence", "evidence.rules"} <= set(listed)
+    assert set(listed["policy"]["parameters"]) == set(Policy.model_fields)
+    for part in listed.values():
+        assert all(key["description"] for key in part["parameters"].values())
 
 
 @pytest.mark.parametrize("schema", ["report", "policy"])

@@ -29,6 +29,7 @@ from secure_export.policy.schema import (
     SubjectSpec,
     TriggerSpec,
 )
+from secure_export.registry import described
 
 SHIPPED = (Path(__file__).parents[1] / "policies", Path(__file__).parents[2] / "policies")
 """Where shipped policies lie: in an installed package, and in a source checkout."""
@@ -51,6 +52,7 @@ __all__ = [
     "judge",
     "load_policy",
     "parse_policy",
+    "parts",
     "shipped",
 ]
 
@@ -61,6 +63,16 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
     "locate": Locate,
     "evidence": EvidenceSpec,
 }
+PARTS: Mapping[str, type[BaseModel]] = {
+    "policy": Policy,
+    **SECTIONS,
+    "settings": SettingSpec,
+    "triggers": TriggerSpec,
+    "rules": Rule,
+    "evidence.forget": ForgetSpec,
+    "evidence.rules": EvidenceRule,
+}
+"""What a policy is made of, by where it stands; of lists one entry."""
 KEYS = {
     key: key
     for module in (schema, evidence)
@@ -68,6 +80,11 @@ KEYS = {
     if isinstance(section, type) and issubclass(section, BaseModel)
     for key in section.model_fields
 } | {key: f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields}
+
+
+def parts() -> dict[str, dict[str, Any]]:
+    """Every key of the policy file with default and description, by the part in which it stands."""
+    return {name: described(part) for name, part in PARTS.items()}
 
 
 def shipped(name: str) -> Path | None:

@@ -49,7 +49,7 @@ class Bound(Protocol):
 class EvidenceRule(Section):
     """A limit on what a search found on the purified files."""
 
-    metric: Metric
+    metric: Metric = Field(description="what a search or the rounding says")
     at_most: float | None = Field(None, gt=0, description="for everything but inverted_p")
     at_least: float | None = Field(None, gt=0, lt=1, description="for inverted_p")
     probes: Annotated[str | tuple[str, ...], selection(("all",))] = Field(
@@ -159,7 +159,7 @@ class EvidenceSpec(Section):
     seconds: float | None = Field(
         None, gt=0, description="limit of one search; a search that it cuts short decides nothing but a find"
     )
-    rules: tuple[EvidenceRule, ...] = Field(min_length=1)
+    rules: tuple[EvidenceRule, ...] = Field(min_length=1, description="limits; all have to hold")
 
     @model_validator(mode="after")
     def _sensible(self) -> EvidenceSpec:

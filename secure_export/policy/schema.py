@@ -146,7 +146,9 @@ class TriggerSpec(Section):
 class Rule(Section):
     """One limit on one metric."""
 
-    metric: Literal["acc", "acc_drop", "asr", "lift", "ra", "agreement", "logit_difference", "top_share"]
+    metric: Literal["acc", "acc_drop", "asr", "lift", "ra", "agreement", "logit_difference", "top_share"] = (
+        Field(description="what is counted on the holdout")
+    )
     at_most: float | None = Field(
         None, ge=0, description="for acc_drop, asr, lift, top_share, logit_difference"
     )
@@ -216,21 +218,21 @@ class Setting:
 
 
 class Policy(Section):
-    """A policy that can be used; made by load_policy() or parse_policy()."""
+    """The whole file; load_policy() and parse_policy() make one that can be used."""
 
     version: Annotated[int, AfterValidator(_version)] = Field(description="of this schema: 1")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of every random choice")
     confidence: float = Field(0.95, gt=0.5, lt=1, description="one-sided, of every exact bound")
-    subject: SubjectSpec = SubjectSpec()
-    data: DataSpec = DataSpec()
-    locate: Locate
+    subject: SubjectSpec = Field(SubjectSpec(), description="what is handed in")
+    data: DataSpec = Field(DataSpec(), description="clean labelled samples")
+    locate: Locate = Field(description="which locators run, and whose word counts")
     purify: Purify = Field(
         description="a purifier, or a list: the first that holds on the calibration split; null = off"
     )
-    settings: tuple[SettingSpec, ...] = Field(min_length=1)
+    settings: tuple[SettingSpec, ...] = Field(min_length=1, description="what is made and measured")
     release: tuple[str, ...] = Field(min_length=1, description="names or globs of the settings that ship")
-    triggers: tuple[TriggerSpec, ...] = Field(min_length=1)
-    rules: tuple[Rule, ...] = Field(min_length=1)
+    triggers: tuple[TriggerSpec, ...] = Field(min_length=1, description="those that are tried by name")
+    rules: tuple[Rule, ...] = Field(min_length=1, description="limits; all have to hold")
     precise_int8: bool = Field(
         False,
         description="open ONNX files with exact int8 sums on x86 CPUs without VNNI, where they saturate "
