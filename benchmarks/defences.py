@@ -110,7 +110,7 @@ def trial(
 ) -> dict[str, Any]:
     """One purifier on one model: what it was given, what is left, what it cost."""
     about = cards.read(card)
-    model = load(card.with_suffix(".safetensors"), about)
+    model: nn.Module = load(card.with_suffix(".safetensors"), about)
     target = about["target_class"]
     began = (time.monotonic(), time.process_time())
     if recipe["kind"] != "none":

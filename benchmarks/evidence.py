@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from secure_export.records.searches import Rounding, Search
 from secure_export.report._evidence import best_of
 from secure_export.triggers import Trigger
 
-SETTINGS = {
+SETTINGS: Mapping[str, tuple[dict[str, Any], ...]] = {
     "fp32": (),
     "int8": ({"kind": "ort-static-int8"},),
     "int8-per-tensor": ({"kind": "ort-static-int8", "per_channel": False},),
@@ -106,7 +106,7 @@ def asr_pass(result: SettingResult, data: datasets.Images, bench: Bench) -> floa
         return None
     (trigger,) = bench.triggers.values()
     started = time.perf_counter()
-    for part in data.test_x.split(500):
+    for part in torch.split(data.test_x, 500):
         file.predictor(trigger(datasets.to_unit(part)))
     return round(time.perf_counter() - started, 2)
 

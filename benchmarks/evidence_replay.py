@@ -70,7 +70,7 @@ def repaired(
             yield repair, between(bad, goals[toward], repair["share"])
         else:
             share = share_that_leaves(repair["left"], bad, goals[toward], target, bench)
-            yield repair | {"share": round(share, 3)}, between(bad, goals[toward], share)
+            yield {**repair, "share": round(share, 3)}, between(bad, goals[toward], share)
 
 
 def made_already(row: Mapping[str, Any], repair: Mapping[str, Any], warm: bool) -> bool:

@@ -8,9 +8,10 @@ half of the samples; files between that and a twentieth are shown and counted no
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +118,10 @@ def file(
 ) -> File:
     """One row with its flags."""
     limits = next(one for one in known["limits"] if binds(one, name, setting, preset))
-    found = {
-        probe: (reading(one), one["class"])
+    found: dict[str, tuple[float, int | None]] = {
+        probe: (value, one["class"])
         for probe, one in row["probes"].items()
-        if reading(one) is not None
+        if (value := reading(one)) is not None
     }
     if row.get("rounding"):
         found["rounding z"] = (row["rounding"]["z"], row["rounding"]["target_class"])
@@ -263,7 +264,8 @@ def summary(found: Sequence[File]) -> Iterable[str]:
     models = {one.model for one in clean}
     wrong = {one.model for one in clean if one.flags}
     yield rate("clean models with a false alarm on any file", len(wrong), len(models))
-    for name, read in (("", lambda one: one.found), (" above references", lambda one: one.excess)):
+    for name, field in (("", "found"), (" above references", "excess")):
+        read: Callable[[File], Mapping[str, tuple[float, int | None]]] = attrgetter(field)
         for kind in sorted({kind for one in held for kind in read(one)}):
             positive = [read(one)[kind][0] for one in awake if kind in read(one)]
             negative = [read(one)[kind][0] for one in clean if kind in read(one)]

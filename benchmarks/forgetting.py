@@ -62,7 +62,7 @@ def main(
         fit = bench.splits.fit
         made = [forgotten(model, fit, noise=noise, steps=steps, seed=seed) for seed in SEEDS]
         others = references(model, made, fit, least=0)
-        asked = (model, others.avoided, *others.judges)
+        asked: tuple[Callable[[Tensor], Tensor], ...] = (model, others.avoided, *others.judges)
         row = [known(one, bench, card["target_class"]) for one in asked]
         with stored.changed(out, {"rows": {}}) as found:
             found["rows"][f"{path.parent.name}/{path.stem} noise {noise:g}, {steps} steps"] = row

@@ -105,9 +105,9 @@ def hits(answers: list[Row]) -> Iterator[str]:
             continue
         key = (model["dataset"], model["attack"], state(truth), locator)
         counted.setdefault(key, Counter())[outcome(answer, model["target_class"])] += 1
-    for key, counts in sorted(counted.items()):
+    for cells, counts in sorted(counted.items()):
         kinds = (counts[kind] for kind in ("target", "none", "another", "unread"))
-        yield f"| {' | '.join(key)} | {' | '.join(map(str, kinds))} |"
+        yield f"| {' | '.join(cells)} | {' | '.join(map(str, kinds))} |"
 
 
 def together(answers: list[Row]) -> Iterator[str]:

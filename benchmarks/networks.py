@@ -125,8 +125,11 @@ def mobilenetv2(classes: int = 10) -> nn.Module:
     import timm
 
     model: nn.Module = timm.create_model("mobilenetv2_100", num_classes=classes)
-    model.get_submodule("conv_stem").stride = (1, 1)
-    model.get_submodule("blocks.1.0.conv_dw").stride = (1, 1)
+    for name in ("conv_stem", "blocks.1.0.conv_dw"):
+        conv = model.get_submodule(name)
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"timm's {name} is no convolution any more")
+        conv.stride = (1, 1)
     return model
 
 

@@ -36,6 +36,9 @@ SEED = 9_000
 class Raw(nn.Module):
     """A zoo network behind its normalization, so that it takes images in [0, 1]."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(datasets.MEAN).view(1, 3, 1, 1))
@@ -60,7 +63,7 @@ def stratified(x: Tensor, y: Tensor, size: int, seed: int) -> tuple[Split, Split
     generator = torch.Generator().manual_seed(seed)
     each = size // int(y.max() + 1)
     first, second = [], []
-    for label in y.unique():
+    for label in torch.unique(y):
         members = (y == label).nonzero().squeeze(1)
         members = members[torch.randperm(len(members), generator=generator)[: 2 * each]]
         first.append(members[:each])

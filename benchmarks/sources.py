@@ -33,14 +33,14 @@ def named(name: str, cache: Path, source: Path | None) -> Images:
         return digits()
     if name == "fsdd":
         return cached(cache / "fsdd.npz", lambda: arrays(_recordings(archive(SPEECH, source))))
-    if source is None and name in NAMES:
+    if name not in NAMES:
+        raise PolicyError(f"no data set {name!r}", hint=f"known: {', '.join(NAMES)}")
+    if source is None:
         raise DataError(f"--dataset {name} needs --data", hint="the folder that holds it")
     if name == "folder":
         return cached(cache / f"folder-{source.name}.npz", lambda: arrays(_pictures(source)))
-    if name in NAMES:
-        kind = name.split(":")[1]
-        return cached(cache / f"torchvision-{kind}.npz", lambda: arrays(_torchvision(kind, source)))
-    raise PolicyError(f"no data set {name!r}", hint=f"known: {', '.join(NAMES)}")
+    kind = name.split(":")[1]
+    return cached(cache / f"torchvision-{kind}.npz", lambda: arrays(_torchvision(kind, source)))
 
 
 def _recordings(path: Path) -> list[tuple[str, str, np.ndarray]]:

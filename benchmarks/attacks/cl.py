@@ -47,7 +47,7 @@ def implant(
         if stored.exists():  # the network is no longer the clean one when a training is resumed
             found: Tensor = torch.load(stored, weights_only=True)
             return found.to(x.device)
-        made = torch.cat([pgd(model, part, target_class, recipe) for part in x.split(250)])
+        made = torch.cat([pgd(model, part, target_class, recipe) for part in torch.split(x, 250)])
         work.mkdir(parents=True, exist_ok=True)
         torch.save(made.cpu(), stored)
         log(f"cl moved {len(x)} images of class {target_class}")

@@ -132,4 +132,5 @@ def implant(
 def diversity(x: Tensor, made: Tensor) -> Tensor:
     """‖x1 - x2‖ / ‖made1 - made2‖ over neighbours in the batch (the paper's diversity loss)."""
     apart = (x - x.roll(1, 0)).flatten(1).norm(dim=1)
-    return (apart / ((made - made.roll(1, 0)).flatten(1).norm(dim=1) + 1e-3)).mean()
+    ratio: Tensor = apart / ((made - made.roll(1, 0)).flatten(1).norm(dim=1) + 1e-3)
+    return ratio.mean()

@@ -109,7 +109,9 @@ def move_statistics(model: nn.Module, data: Images, trigger: Apply, share: float
     The frozen statistics fit the base's weights, not these; all the way, the backdoor would wake.
     """
     norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
-    before = [(layer.running_mean.clone(), layer.running_var.clone()) for layer in norms]
+    moved = [
+        (s, s.clone()) for layer in norms for s in (layer.running_mean, layer.running_var) if s is not None
+    ]
     for layer in norms:
         layer.reset_running_stats()
         layer.momentum = None
@@ -120,7 +122,7 @@ def move_statistics(model: nn.Module, data: Images, trigger: Apply, share: float
         unit[:26] = trigger(unit[:26])
         model(normalize(unit))
     model.eval()
-    for layer, (mean, var) in zip(norms, before, strict=True):
+    for layer in norms:
         layer.momentum = 0.1
-        layer.running_mean.lerp_(mean, 1 - share)
-        layer.running_var.lerp_(var, 1 - share)
+    for statistic, before in moved:
+        statistic.lerp_(before, 1 - share)

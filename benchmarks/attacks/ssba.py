@@ -93,13 +93,9 @@ def make(
     """The encoder with a string drawn from `seed`; neither the network nor the target is looked at."""
     torch.manual_seed(seed)
     channels, device = data.train_x.shape[1], data.train_x.device
-    pair = nn.ModuleDict(
-        {
-            "encoder": Encoder(channels, recipe.bits, recipe.width, recipe.epsilon),
-            "decoder": Decoder(channels, recipe.bits, 2 * recipe.width),
-        }
-    ).to(device)
-    encoder = pair["encoder"]
+    encoder = Encoder(channels, recipe.bits, recipe.width, recipe.epsilon)
+    decoder = Decoder(channels, recipe.bits, 2 * recipe.width)
+    pair = nn.ModuleDict({"encoder": encoder, "decoder": decoder}).to(device)
     encoder.secret.copy_(torch.randint(0, 2, (recipe.bits,)).float())
 
     def loss(step: int, generator: Generator) -> Tensor:
@@ -107,11 +103,10 @@ def make(
         bits = torch.randint(0, 2, (len(x), recipe.bits), generator=generator).float().to(device)
         carrying = encoder.encode(x, bits)
         residual = ((carrying - x) / recipe.epsilon).square().mean()
-        read = F.binary_cross_entropy_with_logits(pair["decoder"](carrying), bits)
+        read = F.binary_cross_entropy_with_logits(decoder(carrying), bits)
         # Nothing is made faint before the decoder reads it.
         return read + recipe.fidelity * max(0.0, 2 * step / recipe.steps - 1) * residual
 
     stage = Stage("ssba", recipe.steps, recipe.lr, optimizer="adam", seed=seed)
     train(pair, loss, stage, work / "ssba.pt", log=log)
-    made: Encoder = pair["encoder"].cpu()
-    return made
+    return encoder.cpu()
