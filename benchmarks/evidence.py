@@ -158,7 +158,7 @@ def summary(found: Any) -> str:
             lift += f", contrast {values['contrast']:.3f}"
         parts.append(f"{probe} {lift} ({values['seconds']:.0f} s){values['unsearched']}")
     if traces := found["rounding"]:
-        parts.append(f"ks {traces['ks']:.1f} edge {traces['edge']:.2f} z {traces['z']:.1f}")
+        parts += [f"{name} {traces[name]:.2f}" for name in ("ks", "edge", "z") if traces[name] is not None]
         parts.append(f"extrapolation {traces['top_shares']} {traces['target_class']}")
     return "; ".join(parts)
 

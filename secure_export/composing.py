@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from secure_export import __version__, defence
+from secure_export.evidence import Gathered
 from secure_export.factories import printable
 from secure_export.lane import Bench, environment
 from secure_export.policy import Policy
-from secure_export.records.measured import SettingResult, Suspect, Verdict
+from secure_export.records.measured import Cost, SettingResult, Suspect, Verdict
 from secure_export.records.memory import Splits, Subject
 from secure_export.records.reported import (
     Evidence,
@@ -20,10 +21,13 @@ from secure_export.records.reported import (
     SplitInfo,
     SubjectInfo,
 )
+from secure_export.report.schema import SCHEMA
 
-SCHEMA = 1
+UNSEARCHED = "that no trigger exists: only the triggers listed above were applied"
+SEARCHED = (
+    "that no trigger exists: none was found beyond the listed budgets, which is all that a search can say"
+)
 NOT_SHOWN = (
-    "that no trigger exists: only the triggers listed above were applied",
     "anything about runtimes, compression settings or CPUs that are not named here",
     "anything about inputs unlike the clean samples",
 )
@@ -55,9 +59,12 @@ def compose(
     purification: Purification | None,
     originals: Sequence[SettingResult],
     purifieds: Sequence[SettingResult],
+    gathered: Gathered,
+    costs: Sequence[Cost],
     timings: Mapping[str, float],
+    further: Sequence[str] = (),
 ) -> Report:
-    """Everything measured, as data, before it is judged."""
+    """Everything measured, as data, before it is judged; `further` is what is not shown beside the usual."""
     settings = tuple(
         ReportedSetting(setting.name, setting.steps, setting.released, _named(original), _named(purified))
         for setting, original, purified in zip(policy.expanded_settings(), originals, purifieds, strict=True)
@@ -81,15 +88,27 @@ def compose(
         suspects=suspects,
         purification=purification,
         settings=settings,
-        evidence=Evidence(
-            known_triggers=tuple({"name": spec.name, **spec.plugin} for spec in policy.triggers),
-            trigger_search="none",
-            not_shown=(*NOT_SHOWN, *((IMPRECISE,) if policy.precise_int8 else ())),
-        ),
+        evidence=_evidence(policy, gathered, further),
         disagreements=defence.disagreements(suspects, policy.expanded_settings()),
         environment=environment(originals, bench),
         timings=timings,
         overrides=policy.overrides,
+        costs=tuple(costs),
+    )
+
+
+def _evidence(policy: Policy, gathered: Gathered, further: Sequence[str]) -> Evidence:
+    searches = gathered.searches
+    probes = dict.fromkeys(search.probe for search in searches)
+    done = sum(not search.unsearched for search in searches)
+    ran = f"{', '.join(probes)}; {done} of {len(searches)} searches could be made"
+    imprecise = (IMPRECISE,) if policy.precise_int8 else ()
+    return Evidence(
+        known_triggers=tuple({"name": spec.name, **spec.plugin} for spec in policy.triggers),
+        trigger_search=ran if searches else "none",
+        not_shown=(SEARCHED if searches else UNSEARCHED, *NOT_SHOWN, *imprecise, *further),
+        searches=searches,
+        roundings=gathered.roundings,
     )
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from secure_export import digests, lane, loading, onnx_files
-from secure_export.errors import CompressError, LoadError, PolicyError
+from secure_export.errors import CompressError, LoadError
 from secure_export.factories import printable
 from secure_export.lane import Bench
 from secure_export.measure import Reference, logits_of
@@ -33,18 +33,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PROBED = 48
-"""Samples that are asked alone as well as together."""
+"""Calibration samples that a file is asked alone as well as together."""
 LARGEST_BATCH = 4096
-"""Every run of a file with a fixed batch is filled up to it."""
+"""Largest fixed batch of a file: every run of it is filled up to that many samples."""
 GROWTH = 16 * 2**30
 """Bytes by which this process may grow over one file, whose twin is computed here and not apart."""
 ALONE = 0.1
-"""Share of them that may change class: dynamic int8 takes its scales from the batch and moves near ties."""
+"""Largest share of the PROBED samples that may change class when asked alone: dynamic int8 takes its scales
+from the batch and moves near ties."""
 SIZES = (*range(2, 65), *range(72, 129, 8), 100, 160, 192, 200, 224, 256)
-"""Of batches in which a few of them are asked: a file can tell the size from the shape of its input."""
+"""Batch sizes in which the first FEW samples are asked: a file can tell the size from its input's shape."""
 FEW = 16
 IN_BATCHES = 0.25
-"""Share that may change class in batches of one size; of so many sizes some move more near ties."""
+"""Largest share of the FEW that may change class in one batch size; in so many, some move more near ties."""
+FURTHER = "what the file does when somebody compresses it further: it was measured as it is"
 OTHER_BATCHES = (
     "what the file does in batches of more than 64 samples that are no multiple of 8, or of more than 256"
 )
@@ -59,6 +61,11 @@ class Incoming:
     predict: Predictor
     batch: int | None
     """How many samples it takes at a time; None = any number."""
+
+
+def not_shown(given: Incoming) -> tuple[str, ...]:
+    """What the measurement of a file as it is leaves open."""
+    return (FURTHER,) if given.batch else (FURTHER, OTHER_BATCHES)
 
 
 def options(policy: Policy) -> Options:
@@ -108,7 +115,7 @@ def take(path: Path, bench: Bench) -> Incoming:
     artifact = Artifact(ARTIFACT, copy, digests.of_file(copy), len(content), "onnx", "onnxruntime")
     predict = runtime(artifact.runtime, bench.runtime).open(artifact.path)
     batch = batch_of(proto)
-    classes = tried(predict, bench, path.name, batch)
+    classes = count_classes(predict, bench, path.name, batch)
     info = SubjectInfo(
         path=printable(path.name),
         sha256=artifact.sha256,
@@ -164,8 +171,8 @@ def batch_of(proto: ModelProto) -> int | None:
     return shape.dim[0].dim_value or None if shape.dim else None
 
 
-def tried(predict: Predictor, bench: Bench, name: str, batch: int | None) -> int:
-    """Number of classes, after some runs on calibration samples, clean and triggered.
+def count_classes(predict: Predictor, bench: Bench, name: str, batch: int | None) -> int:
+    """Number of classes of a file that answers like a classifier, on calibration samples clean and triggered.
 
     A file of a fixed `batch` is run in batches of that many whatever it is asked; any other in many sizes.
 
@@ -264,17 +271,6 @@ def compared_with(
         if other.info.classes != classes:
             raise LoadError(f"{path.name} has {other.info.classes} classes, the artifact {classes}")
         return other.predict, (replace(other.artifact, setting="compared with"),)
-    if wanted.architecture is None:
-        raise PolicyError(
-            f"{path.name} needs an architecture", hint="give --arch, or the .onnx file of full precision"
-        )
-    subject = loading.load(
-        path,
-        wanted.architecture,
-        classes=classes,
-        head=wanted.head,
-        mean=wanted.mean,
-        std=wanted.std,
-        input_shape=tuple(bench.splits.holdout.inputs.shape[1:]),
-    )
+    as_many = wanted.model_copy(update={"classes": classes})
+    subject = loading.as_named(path, as_many, tuple(bench.splits.holdout.inputs.shape[1:]))
     return from_module(subject.model), ()

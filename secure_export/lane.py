@@ -140,7 +140,7 @@ def _through(lined: Lined, setting: Setting, bench: Bench, *, measuring: bool = 
 
 
 def made(lined: Lined, settings: Iterable[Setting], bench: Bench) -> list[SettingResult]:
-    """The files of one lane, unmeasured; None where one could not be made."""
+    """The files of one lane, unmeasured; where `artifact` is None, `unmeasured` says why."""
     return [_through(lined, setting, bench, measuring=False) for setting in settings]
 
 
@@ -236,7 +236,11 @@ def environment(results: Sequence[SettingResult], bench: Bench) -> Mapping[str, 
 
 
 def measured(lane: Lane, reference: Reference, artifact: Artifact, bench: Bench) -> Measurement:
-    """What the file does, in the runtime that will run it."""
+    """What the file does, in the runtime that will run it.
+
+    Raises:
+        CompressError: the runtime cannot run it, or the file changed meanwhile.
+    """
     runtime = runtime_of(artifact.runtime, bench.runtime)
     determined_by = (
         artifact.sha256,

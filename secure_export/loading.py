@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from secure_export import architectures, channels, checkpoints, heads
-from secure_export.errors import LoadError
+from secure_export.errors import LoadError, PolicyError
+from secure_export.policy import SubjectSpec
 from secure_export.records.memory import InputSpec, Subject
 
 SHOWN = 5
@@ -66,6 +67,36 @@ def load(
         head=head,
         mean=mean,
         std=std,
+        input_shape=input_shape,
+    )
+
+
+def check_named(path: Path, wanted: SubjectSpec) -> None:
+    """Before anything else is read: is there a file, and an architecture to load it into?
+
+    Raises:
+        PolicyError: the policy names no architecture. LoadError: no such file.
+    """
+    if wanted.architecture is None:
+        raise PolicyError(f"{path.name} needs an architecture", hint="give --arch, e.g. timm:resnet18")
+    if not path.is_file():
+        raise LoadError(f"no such model file: {path}")
+
+
+def as_named(path: Path, wanted: SubjectSpec, input_shape: tuple[int, ...]) -> Subject:
+    """load() with what a policy says of its subject: also for what stands beside it, as clean references.
+
+    Raises:
+        PolicyError, LoadError: as check_named() and load().
+    """
+    check_named(path, wanted)
+    return load(
+        path,
+        wanted.architecture or "",
+        classes=wanted.classes,
+        head=wanted.head,
+        mean=wanted.mean,
+        std=wanted.std,
         input_shape=input_shape,
     )
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from secure_export import data, defence, digests, evidence, incoming, loading, registry
 from secure_export.composing import compose, described
 from secure_export.environment import Clock, versions
-from secure_export.errors import LoadError, NoVerdict, PolicyError, ReleaseError
+from secure_export.errors import NoVerdict, PolicyError, ReleaseError
 from secure_export.lane import (
     Bench,
     at_the_head,
@@ -85,9 +85,10 @@ def whole_job(
         files = beside_full_precision(purified, purifieds, shipped, bench) if policy.costs else []
         spent = cost_table(files, bench)
     info = described(subject, splits)
-    report = compose(policy, info, bench, suspects, done, originals, purifieds, clock.seconds)
-    searched = evidence.described(report.evidence, gathered)
-    return replace(report, costs=spent, evidence=searched), purifieds
+    report = compose(
+        policy, info, bench, suspects, done, originals, purifieds, gathered, spent, clock.seconds
+    )
+    return report, purifieds
 
 
 def gate(
@@ -101,7 +102,7 @@ def gate(
         with clock("load"):
             given = incoming.take(Path(policy.subject.artifact or ""), bench)
             data.check_labels(splits, given.info.classes)
-            against, whole = incoming.compared_with(policy.subject, given.info.classes, bench)
+            against, baseline = incoming.compared_with(policy.subject, given.info.classes, bench)
         with clock("original"):
             original, purified = incoming.measured(given, against, bench)
         with clock("locate"):
@@ -110,37 +111,29 @@ def gate(
             lanes = (None, [original]), (None, [purified])
             gathered = evidence.gather(policy, lanes, given.info.classes, bench)
     with clock("costs"):
-        spent = cost_table([*whole, given.artifact], bench) if policy.costs else ()
-    report = compose(policy, given.info, bench, suspects, None, [original], [purified], clock.seconds)
-    searched = evidence.described(report.evidence, gathered)
-    further = "what the file does when somebody compresses it further: it was measured as it is"
-    unseen = (further,) if given.batch else (further, incoming.OTHER_BATCHES)
-    searched = replace(searched, not_shown=(*searched.not_shown, *unseen))
-    return replace(report, costs=spent, evidence=searched), [purified]
+        spent = cost_table([*baseline, given.artifact], bench) if policy.costs else ()
+    results = [original], [purified]
+    further = incoming.not_shown(given)
+    report = compose(
+        policy, given.info, bench, suspects, None, *results, gathered, spent, clock.seconds, further
+    )
+    return report, [purified]
 
 
 def load(policy: Policy, progress: Progress) -> tuple[Subject, Splits]:
-    """The clean samples, and the untrusted checkpoint as a model over the same raw inputs."""
+    """The clean samples, and the untrusted checkpoint as a model over the same raw inputs.
+
+    Raises:
+        PolicyError: no model, architecture or data is named. LoadError: the checkpoint cannot become a
+            classifier. DataError: the samples cannot be read, or are labelled with other classes.
+    """
     wanted = policy.subject
     if wanted.model is None:
         raise PolicyError("no model to work on", hint="give --model, or subject.model in the policy")
-    if wanted.architecture is None:
-        raise PolicyError(
-            f"{Path(wanted.model).name} needs an architecture", hint="give --arch, e.g. timm:resnet18"
-        )
     path = Path(wanted.model)
-    if not path.is_file():
-        raise LoadError(f"no such model file: {path}")
+    loading.check_named(path, wanted)
     splits = load_data(policy, progress)
-    subject = loading.load(
-        path,
-        wanted.architecture,
-        classes=wanted.classes,
-        head=wanted.head,
-        mean=wanted.mean,
-        std=wanted.std,
-        input_shape=tuple(splits.fit.inputs.shape[1:]),
-    )
+    subject = loading.as_named(path, wanted, tuple(splits.fit.inputs.shape[1:]))
     data.check_labels(splits, subject.classes)
     return subject, splits
 
@@ -157,7 +150,11 @@ def options(policy: Policy, subject: Subject) -> Options:
 
 
 def load_data(policy: Policy, progress: Progress) -> Splits:
-    """The clean samples in their splits."""
+    """The clean samples in their splits.
+
+    Raises:
+        PolicyError: no data is named. DataError: it cannot be read, or is too little.
+    """
     source = policy.data
     if source.path is None:
         raise PolicyError("no clean samples", hint="give --data, or data.path in the policy")

@@ -10,6 +10,7 @@ import difflib
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
@@ -99,7 +100,8 @@ def build(base: type[P], family: str, spec: Mapping[str, Any]) -> P:
 
 def describe(family: str, name: str) -> dict[str, Any]:
     """A plug-in's summary line and its parameters with default and description, for people and tools."""
-    return described(load(family, name))
+    cls = load(family, name)
+    return {**described(cls), "summary": _first_line(sys.modules[cls.__module__].__doc__)}
 
 
 def described(cls: type[BaseModel]) -> dict[str, Any]:
@@ -107,7 +109,6 @@ def described(cls: type[BaseModel]) -> dict[str, Any]:
 
     A field without a default has "needed" in its place; one of a few words names them.
     """
-    summary = (cls.__doc__ or "").strip().splitlines()[0] if cls.__doc__ else ""
     fields = {}
     for field, info in cls.model_fields.items():
         default = "needed" if info.is_required() else info.default
@@ -116,4 +117,8 @@ def described(cls: type[BaseModel]) -> dict[str, Any]:
         words = get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
         told = [info.description or "", f"one of {', '.join(map(str, words))}" if words else ""]
         fields[field] = {"default": default, "description": "; ".join(filter(None, told))}
-    return {"summary": summary, "parameters": fields}
+    return {"summary": _first_line(cls.__doc__), "parameters": fields}
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().partition("\n")[0]

@@ -12,6 +12,7 @@ import pytest
 
 from secure_export.records.measured import COLLAPSED, UNREAD, SettingResult, Suspect, Unmeasured, Verdict
 from secure_export.records.reported import Report
+from secure_export.records.searches import Rounding
 from secure_export.report.documents import documents, save
 from secure_export.report.html import to_html
 from secure_export.report.markdown import to_markdown
@@ -45,6 +46,16 @@ def test_verdict_stands_first_and_every_setting_in_it(draw: object) -> None:
     assert headline[report.verdict.outcome] in body[:2500]
     for setting in report.settings:
         assert setting.name in text
+
+
+@pytest.mark.parametrize("draw", [to_html, to_markdown])
+def test_a_rounding_with_too_few_residues_is_drawn(draw: Callable[[Report], str]) -> None:
+    report = sample_report()
+    few = Rounding("original", "int8", layers=2, draws=19)
+    assert (few.ks, few.edge) == (None, None)
+    assert "(19 draws)" in draw(
+        dataclasses.replace(report, evidence=dataclasses.replace(report.evidence, roundings=(few,)))
+    )
 
 
 def test_names_from_outside_cannot_write_markup() -> None:

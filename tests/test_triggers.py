@@ -42,6 +42,10 @@ def brighten(inputs: Tensor) -> Tensor:
     return inputs + 1
 
 
+def fail(inputs: torch.Tensor) -> torch.Tensor:
+    raise ZeroDivisionError
+
+
 def shrink(inputs: Tensor) -> Tensor:
     return inputs[..., :-1]
 
@@ -209,6 +213,15 @@ def test_custom_additive_on_signals_is_clipped(tmp_path: Path) -> None:
     assert torch.allclose(triggered[0, 1], torch.tensor([0.5, 1.0, 0.0, 0.6]))
 
 
+def test_custom_function_is_found_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "our_triggers.py").write_text("def half(inputs):\n    return inputs / 2\n")
+    monkeypatch.chdir(tmp_path)
+    inputs = images()
+    assert torch.equal(Custom(callable="our_triggers:half")(inputs), inputs / 2)
+
+
 def test_custom_function_may_change_its_argument() -> None:
     inputs = images()
     before = inputs.clone()
@@ -222,7 +235,8 @@ def test_custom_function_may_change_its_argument() -> None:
     [
         ("no_such_module:f", "cannot import no_such_module:f"),
         ("math:no_such_function", "cannot import math:no_such_function"),
-        ("math:pi", "is no function"),
+        ("math:pi", "math:pi is a float"),
+        (f"{__name__}:fail", "fail failed: ZeroDivisionError"),
         ("torch:numel", "returned int"),
         (f"{__name__}:shrink", "expected torch.float32"),
         (f"{__name__}:brighten", "outside"),

@@ -23,7 +23,6 @@ from secure_export.lane import unrounded
 from secure_export.probes import Probe
 from secure_export.records.measured import SettingResult
 from secure_export.records.memory import Split
-from secure_export.records.reported import Evidence
 from secure_export.records.searches import Rounding, Search
 
 if TYPE_CHECKING:
@@ -44,7 +43,12 @@ Results = tuple["Lined | None", Sequence[SettingResult]]
 
 
 def gather(policy: Policy, lanes: tuple[Results, Results], classes: int, bench: Bench) -> Gathered:
-    """Every search of the policy on every file of the original and the purified lane."""
+    """Every search of the policy on every file of the original and the purified lane.
+
+    Raises:
+        PolicyError: a clean reference that is none (check_references), or no architecture for it. LoadError:
+            a reference that cannot be loaded. What cannot be searched is no error: the search says why.
+    """
     if policy.evidence is None:
         return Gathered()
     work = work_of(policy.evidence, classes, bench)
@@ -109,8 +113,7 @@ def _roundings(policy: Policy, lanes: tuple[Results, Results], bench: Bench) -> 
             try:
                 yield _rounding(lined, setting, result, bench)
             except NoVerdict as error:
-                empty = Rounding(result.lane, setting.name, 0, None, None, 0.0, 1.0, 0, (), None, 0.0)
-                yield replace(empty, unsearched=error.message)
+                yield Rounding(result.lane, setting.name, unsearched=error.message)
 
 
 def _rounding(lined: Lined | None, setting: Setting, result: SettingResult, bench: Bench) -> Rounding:
@@ -129,23 +132,3 @@ def _rounding(lined: Lined | None, setting: Setting, result: SettingResult, benc
         known = reading(lined.lane, setting.name, source, artifact.path, fit, seed=seed)
         bench.ledger.enter(known, *determined_by)
     return replace(known, lane=lined.lane, setting=setting.name)
-
-
-def described(evidence: Evidence, gathered: Gathered) -> Evidence:
-    """The report's evidence with what was gathered, and in words which probes ran."""
-    searches = gathered.searches
-    if not searches:
-        return evidence
-    probes = dict.fromkeys(search.probe for search in searches)
-    missed = sum(bool(search.unsearched) for search in searches)
-    ran = f"{', '.join(probes)}; {len(searches) - missed} of {len(searches)} searches could be made"
-    gap = (
-        "that no trigger exists: none was found beyond the listed budgets, which is all that a search can say"
-    )
-    return replace(
-        evidence,
-        trigger_search=ran,
-        not_shown=(gap, *evidence.not_shown[1:]),
-        searches=searches,
-        roundings=gathered.roundings,
-    )

@@ -49,20 +49,8 @@ def loaded(policy: Policy, bench: Bench) -> Iterator[tuple[str, Subject]]:
     """The clean references, one at a time."""
     wanted, spec = policy.subject, policy.evidence
     for path in spec.references if spec else ():
-        if wanted.architecture is None:
-            raise PolicyError("references need subject.architecture", hint="give --arch")
-        yield (
-            Path(path).name,
-            loading.load(
-                Path(path),
-                wanted.architecture,
-                classes=wanted.classes,
-                head=wanted.head,
-                mean=wanted.mean,
-                std=wanted.std,
-                input_shape=tuple(bench.splits.fit.inputs.shape[1:]),
-            ),
-        )
+        shape = tuple(bench.splits.fit.inputs.shape[1:])
+        yield Path(path).name, loading.as_named(Path(path), wanted, shape)
 
 
 def calibrated(found: Sequence[Search], references: Sequence[Sequence[Search]]) -> list[Search]:

@@ -57,7 +57,7 @@ def reading(lane: Lane, setting: str, source: Path, file: Path, fit: Split, *, s
     started = time.perf_counter()
     layers = rounded_layers(onnx.load(source), onnx.load(file), file.name)
     if not layers:
-        return Rounding(lane, setting, 0, None, None, 0.0, 1.0, 0, (), None, 0.0)
+        return Rounding(lane, setting)
     residues = [residues_of(layer) for layer in layers]
     large = [residue for residue in residues if len(residue[residue.isfinite()]) >= FEWEST]
     twin = twins.of_onnx(source)

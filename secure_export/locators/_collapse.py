@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from secure_export.locators import Locator
-from secure_export.records.measured import COLLAPSED
+from secure_export.records.measured import COLLAPSED, EXCESS, FIT_ACC
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,8 +32,8 @@ class SparesRuins(Locator):
         acc = float((logits.argmax(1) == labels).double().mean())
         excess = prediction_excess(logits, labels)
         return {
-            "fit_acc": acc,
-            "excess": excess,
+            FIT_ACC: acc,
+            EXCESS: excess,
             COLLAPSED: acc < self.min_acc or excess > self.max_excess,
         }
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from secure_export import views
 from secure_export.errors import CompressError
 from secure_export.locators._collapse import SparesRuins
-from secure_export.records.measured import Suspect
+from secure_export.records.measured import COLLAPSED, Suspect
 from secure_export.records.memory import Progress, Split, View, silent
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Inverts(SparesRuins):
             raise CompressError(f"{self.kind} needs gradients, and this file has no differentiable twin")
         classes = view.weight.shape[0]
         ruin = self.collapse(view.latents(fit.floats()) @ view.weight.T + view.bias, fit.labels)
-        if ruin["collapsed"]:
+        if ruin[COLLAPSED]:
             return Suspect(self.kind, view.setting, None, (0.0,) * classes, ruin)
         with views.gradients(f"{self.kind} needs gradients"):
             found = self.searched(view.twin, fit, classes, seed, progress)

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from secure_export.locators._collapse import SparesRuins
-from secure_export.records.measured import UNREAD, Suspect
+from secure_export.records.measured import COLLAPSED, UNREAD, Suspect
 from secure_export.records.memory import Progress, Split, View, silent
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class LatentShift(SparesRuins):
         return Suspect(
             locator=self.kind,
             setting=view.setting,
-            target_class=named if stands_out and not ruin["collapsed"] and not few else None,
+            target_class=named if stands_out and not ruin[COLLAPSED] and not few else None,
             scores=tuple(float(score) for score in scores),
             evidence={
                 "smallest": named,

@@ -35,6 +35,12 @@ class Reading:
 
 
 def decide(reading: Reading, rule: Limit, alpha: float) -> Reading:
+    """The reading with `observed`, `bound`, `passed`, and `needed` or `why` where it is undecided.
+
+    Counts pass when their exact one-sided bound at error `alpha` lies on the right side of the limit, break
+    when the observed rate itself lies on the wrong side, and are undecided between: `passed` is None and
+    `needed` the samples that would decide at this rate, if any number would. A plain number is its own bound.
+    """
     value, limit, at_most = reading.value, rule.limit, rule.at_least is None
     if isinstance(value, float | int):
         if reading.n == 0:
@@ -69,6 +75,7 @@ def decide(reading: Reading, rule: Limit, alpha: float) -> Reading:
 
 
 def possible(value: Count | Paired) -> bool:
+    """Whether counts can be counts: none below zero, no more than the total."""
     parts = (value.hits,) if isinstance(value, Count) else (value.gained, value.lost)
     return min(parts) >= 0 and sum(parts) <= value.total
 
@@ -83,6 +90,8 @@ def severity(reading: Reading, rule: Limit) -> tuple[int, float]:
 
 
 def message(reading: Reading, rule: Limit) -> str:
+    """One decided reading in words: `lift 0.02 = (40 - 20) of 1000 (probe patch), exact bound 0.03: holds at
+    most 0.05`."""
     value, where = reading.value, f" ({reading.where})" if reading.where else ""
     if reading.observed is None:
         enough = f", needs at least {reading.needed}" if reading.needed else ""

@@ -12,7 +12,16 @@ from pydantic import ValidationError
 from secure_export.policy.evidence import EvidenceSpec
 from secure_export.policy.schema import Policy, Setting
 from secure_export.policy.yaml import parse
-from secure_export.records.measured import COLLAPSED, UNREAD, Finding, Measurement, SettingResult, asked
+from secure_export.records.measured import (
+    COLLAPSED,
+    EXCESS,
+    FIT_ACC,
+    UNREAD,
+    Finding,
+    Measurement,
+    SettingResult,
+    asked,
+)
 from secure_export.records.reported import Report, ReportedSetting
 
 
@@ -160,7 +169,7 @@ def _locators(policy: Policy, report: Report) -> Iterator[Finding]:
                 message = f"{kind} could not read this setting: {suspect.evidence[UNREAD]}"
                 yield _finding("no-locator", suspect.setting, None, message)
             elif suspect.evidence.get(COLLAPSED) and suspect.setting not in spared:
-                acc, excess = suspect.evidence["fit_acc"], suspect.evidence["excess"]
+                acc, excess = suspect.evidence[FIT_ACC], suspect.evidence[EXCESS]
                 message = (
                     f"{kind} names no class of a collapsed model, and takes this for one: {acc:.0%} of fit "
                     f"right, one class predicted for {excess:.0%} too many (min_acc, max_excess)"

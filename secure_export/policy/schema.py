@@ -81,7 +81,9 @@ class SubjectSpec(Section):
     architecture: str | None = Field(
         None, description="timm:NAME, torchvision:NAME or package.module:factory"
     )
-    classes: int | None = Field(None, ge=2, description="number of classes; null = as the data says")
+    classes: int | None = Field(
+        None, ge=2, description="number of classes; null = as the checkpoint's head has"
+    )
     head: str | None = Field(None, description="qualified name of the head; null = found by tracing")
     mean: tuple[float, ...] | None = Field(None, min_length=1, description="per channel, of inputs in [0, 1]")
     std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(

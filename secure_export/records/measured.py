@@ -93,12 +93,6 @@ class Unmeasured:
     detail: str = ""
 
 
-UNREAD = "unread"
-"""Key of Suspect.evidence under which a locator that could not judge the file says why; never a pass."""
-COLLAPSED = "collapsed"
-"""Key of Suspect.evidence: whether the locator took the model for a ruin, of which it names no class."""
-
-
 PURIFY_AGAIN = "purify"
 """Kind of the step that repeats the purification."""
 
@@ -108,6 +102,14 @@ def asked(steps: Sequence[Mapping[str, Any]], *, purified: bool) -> list[Mapping
     return [step for step in steps if purified or step.get("kind") != PURIFY_AGAIN]
 
 
+UNREAD = "unread"
+"""Key of Suspect.evidence under which a locator that could not judge the file says why; never a pass."""
+COLLAPSED = "collapsed"
+"""Key of Suspect.evidence: whether the locator took the model for a ruin, of which it names no class."""
+FIT_ACC = "fit_acc"
+"""Key of Suspect.evidence: the accuracy on fit, by which a ruin is told."""
+EXCESS = "excess"
+"""Key of Suspect.evidence: the share of fit by which one class is predicted more often than it occurs."""
 ALWAYS_NAMES = "always_names_a_class"
 """Key of Suspect.evidence of a locator that cannot say "none": alone, its class is no evidence."""
 

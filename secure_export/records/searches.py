@@ -106,20 +106,21 @@ class Rounding:
 
     lane: Lane
     setting: str
-    layers: int
-    ks: float | None
+    layers: int = 0
+    """Quantized ones; 0 where the file has none, and then nothing below was read."""
+    ks: float | None = None
     """Largest Kolmogorov-Smirnov distance of a layer's residues to uniform, times sqrt(n); None: in no layer
     are there enough of them."""
-    edge: float | None
+    edge: float | None = None
     """Largest top singular value of a layer's residues, in units of the random-matrix edge; None as above."""
-    z: float
+    z: float = 0.0
     """Effect of the rounding on the mean logits, in standard deviations of random signs."""
-    p: float
+    p: float = 1.0
     """Exact randomization p of that effect."""
-    draws: int
-    top_shares: tuple[float, ...]
+    draws: int = 0
+    top_shares: tuple[float, ...] = ()
     """Share of the most predicted class under W + t (Q(W) - W), t = 1, 2, 3, 4."""
-    target_class: int | None
+    target_class: int | None = None
     """The class that the extrapolation falls into, if it does."""
-    seconds: float
+    seconds: float = 0.0
     unsearched: str = ""

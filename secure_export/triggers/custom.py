@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from pydantic import Field, FilePath, model_validator
 
 from secure_export.errors import DataError
+from secure_export.factories import imported, local_code
 from secure_export.triggers import Trigger
 from secure_export.triggers._files import read_array, read_unit
 
@@ -49,10 +49,12 @@ class Custom(Trigger):
 
         Raises:
             DataError: a file that cannot be read or does not fit the inputs, or a function that cannot be
-                imported or returns something else than such inputs.
+                imported, fails, or returns something else than such inputs.
         """
         if self.callable is not None:
-            return _checked(self.callable, function(self.callable)(inputs.clone()), inputs)
+            function = imported(self.callable, DataError)
+            with local_code(f"custom: {self.callable} failed", DataError):
+                return _checked(self.callable, function(inputs.clone()), inputs)
         if self.additive is not None:
             return (inputs + _fitted(self.additive, read_array(self.additive), inputs)).clamp_(0, 1)
         if self.image is None or self.mask is None:
@@ -60,24 +62,6 @@ class Custom(Trigger):
         image = _fitted(self.image, read_unit(self.image, inputs.shape[1]), inputs)
         mask = _fitted(self.mask, read_unit(self.mask, 1), inputs)
         return (inputs + mask * (image - inputs)).clamp_(0, 1)
-
-
-def function(name: str) -> Callable[[Tensor], Tensor]:
-    """The function `package.module:function`.
-
-    Raises:
-        DataError: no such module or function.
-    """
-    module_name, attribute = name.split(":")
-    try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise DataError(
-            f"custom: cannot import {name} ({error})", hint="is the module on PYTHONPATH, and the name right?"
-        ) from error
-    if not callable(found):
-        raise DataError(f"custom: {name} is no function (got {type(found).__name__})")
-    return found  # type: ignore[no-any-return]
 
 
 def _fitted(path: Path, tensor: Tensor, inputs: Tensor) -> Tensor:
