@@ -20,13 +20,14 @@ from secure_export.records.measured import Paired
 BLIND = Path(__file__).parents[1] / "policies" / "blind.yaml"
 
 
-def evident(trigger: Mapping[str, Any], probe: str, spec: EvidenceSpec) -> bool:
-    """Whether a trigger broke a rule of the policy on the original file, or may have: it is not stored."""
-    original = trigger.get("original")
-    if original is None:
+def evident(trigger: Mapping[str, Any], probe: str, policy: Policy) -> bool:
+    """Whether a trigger may break a rule of the policy on the original file, or it is not stored."""
+    original, spec = trigger.get("original"), policy.evidence
+    if original is None or spec is None:
         return True
-    counted = {reading: Paired(*counts).difference for reading, counts in original.items()}
-    return spec.broken(Setting(trigger["origin"], (), {"kind": "onnx"}, True), probe, counted)
+    counted = {reading: Paired(*counts) for reading, counts in original.items()}
+    setting = Setting(trigger["origin"], (), {"kind": "onnx"}, True)
+    return not spec.held(setting, probe, counted, 1 - policy.confidence)
 
 
 def said(settings: Mapping[str, Any], policy: Policy) -> str:
@@ -49,7 +50,7 @@ def said(settings: Mapping[str, Any], policy: Policy) -> str:
             else:
                 found = {probe: t.get("found") or () for probe, t in zip(probes, tried, strict=True)}
                 triggers = [(t, probe) for probe, some in found.items() for t in some]
-                read = [t for t, probe in triggers if not rule.evident or evident(t, probe, spec)]
+                read = [t for t, probe in triggers if not rule.evident or evident(t, probe, policy)]
                 natural += len(triggers) - len(read)
                 counted = [t.get(rule.reading) for t in read]
                 readings = [Reading("", Paired(*value), value[2]) for value in counted if value]
@@ -82,8 +83,10 @@ def largest(one: Mapping[str, Any], mode: str, probes: Sequence[str]) -> str:
     return f"`{probe}` {lift:.2f} → {into}"
 
 
-def evident_ones(one: Mapping[str, Any], mode: str, spec: EvidenceSpec) -> list[tuple[str, Any]]:
-    """(probe, trigger) of what broke a rule on the original and was tried again in this mode."""
+def evident_ones(
+    one: Mapping[str, Any], mode: str, policy: Policy, spec: EvidenceSpec
+) -> list[tuple[str, Any]]:
+    """(probe, trigger) of what did not hold a rule on the original and was tried again in this mode."""
     read = dict.fromkeys(
         probe for rule in spec.rules if rule.evident and rule.mode == mode for probe in spec.read_by(rule)
     )
@@ -92,13 +95,13 @@ def evident_ones(one: Mapping[str, Any], mode: str, spec: EvidenceSpec) -> list[
         (probe.removeprefix("contrast-"), trigger)
         for probe, found in tried
         for trigger in found
-        if evident(trigger, probe, spec)
+        if evident(trigger, probe, policy)
     ]
 
 
-def evident_cells(one: Mapping[str, Any], spec: EvidenceSpec) -> list[str]:
+def evident_cells(one: Mapping[str, Any], policy: Policy, spec: EvidenceSpec) -> list[str]:
     """What was evident on the original, what it does when it is replayed, and after a search from there."""
-    replayed = evident_ones(one, "replay", spec)
+    replayed = evident_ones(one, "replay", policy, spec)
 
     def original(trigger: Mapping[str, Any]) -> float:
         before = trigger["original"]
@@ -107,7 +110,7 @@ def evident_cells(one: Mapping[str, Any], spec: EvidenceSpec) -> list[str]:
     before = [f"`{probe}` {original(t):.2f} → {t['class']}" for probe, t in replayed]
     tried = [
         [f"`{probe}` {Paired(*t['lift']).difference:.2f}" for probe, t in found]
-        for found in (replayed, evident_ones(one, "warm", spec))
+        for found in (replayed, evident_ones(one, "warm", policy, spec))
     ]
     return [", ".join(cell) or "–" for cell in (before, *tried)]
 
@@ -151,7 +154,7 @@ def table(stored: Mapping[str, Any], policy: Policy, name: str) -> list[str]:
                 if "unmeasured" in one:
                     continue
                 if spec is not None and evident_alone:
-                    cells = evident_cells(one, spec)
+                    cells = evident_cells(one, policy, spec)
                 else:
                     cells = [largest(one, mode, asked(policy, mode)) for mode in modes]
                     cells += [furthest(one, mode) for mode in modes]

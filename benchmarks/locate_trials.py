@@ -22,7 +22,7 @@ import torch
 from benchmarks import cards, datasets, sources, stored
 from benchmarks.evidence import bench_of
 from benchmarks.purify_trials import stratified
-from secure_export import defence, digests, heads, registry
+from secure_export import defence, digests, heads, loading, registry
 from secure_export.environment import versions
 from secure_export.lane import Bench, Lined, at_the_head, through_settings
 from secure_export.policy import Locate, Policy, Setting, load_policy
@@ -138,7 +138,8 @@ def subject_of(path: Path, card: dict[str, Any], data: datasets.Images) -> Subje
     model = cards.network(card, path.with_suffix(".safetensors"))
     shape = tuple(data.train_x.shape[1:])
     head, classes = heads.find(model, shape)
-    return Subject(model, InputSpec(shape), classes, head, card["sha256"], card["architecture"], path)
+    made = (card["sha256"], card["architecture"], loading.answers(model, shape))
+    return Subject(model, InputSpec(shape), classes, head, *made, path)
 
 
 def truth(result: SettingResult, target_class: int) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from secure_export.locators import Locator
 from secure_export.purifiers import Purifier, class_after_class
 from secure_export.records.measured import (
     ALWAYS_NAMES,
+    LOOKED_AT_AGAIN,
     UNREAD,
     Artifact,
     Disagreement,
@@ -72,9 +73,9 @@ def locate(
                 artifact = _readable(result.setting, artifact, originals, settings)
                 runtime = runtime_of(artifact.runtime, bench.runtime)
                 read = partial(runtime.view, artifact.path, result.setting)
-                suspects.append(
-                    _suspect(locator, artifact.sha256, read, result.setting, bench, artifact.path)
-                )
+                owner = subject.identity if subject else ""
+                found = _suspect(locator, artifact.sha256, read, result.setting, bench, artifact.path, owner)
+                suspects.append(found)
             bench.progress(f"locate: {locator.kind}", done, len(originals))
     return tuple(suspects)
 
@@ -126,9 +127,11 @@ def _suspect(
     setting: str,
     bench: Bench,
     file: Path | None = None,
+    owner: str = "",
 ) -> Suspect:
-    fit = bench.splits.fit
-    determined_by = (weights, dict(bench.runtime), locator.kind, locator.model_dump(), fit.sha256, bench.seed)
+    """`owner` is the subject whose architecture a file of weights alone is loaded into."""
+    fit, asked = bench.splits.fit, (locator.kind, locator.model_dump())
+    determined_by = (weights, owner, dict(bench.runtime), *asked, fit.sha256, bench.seed)
     known = bench.ledger.find(Suspect, *determined_by)
     if known is not None:
         return replace(known, setting=setting)
@@ -203,16 +206,16 @@ def relocate(policy: Policy, subject: Subject, done: Defended, bench: Bench) -> 
 
     Of a purified class they say nothing: a purifier may have trained what they measure. Where unconfirmed
     classes are purified, later rounds hear decisive locators alone: one that always names a class would never
-    let them end.
+    let them end. One that could not judge a file comes back too, for that is no silence.
     """
     classes = done.purification.target_classes if done.purification else ()
     files = Rehearsal(policy, subject, classes, bench).files(done.model, done.identity, done.purification)
     now = replace(subject, model=done.model, sha256=done.identity)
     found = locate(policy.locate, now, files, bench, policy.expanded_settings())
     return tuple(
-        replace(suspect, setting=f"{suspect.setting}, purified")
+        replace(suspect, setting=f"{suspect.setting}{LOOKED_AT_AGAIN}")
         for suspect in found
-        if suspect.target_class is not None
+        if (suspect.target_class is not None or not suspect.judged)
         and suspect.target_class not in classes
         and (policy.locate.unconfirmed != "purify" or suspect.locator in policy.locate.decisive)
     )

@@ -46,6 +46,7 @@ SIZES = (*range(2, 65), *range(72, 129, 8), 100, 160, 192, 200, 224, 256)
 FEW = 16
 IN_BATCHES = 0.25
 """Largest share of the FEW that may change class in one batch size; in so many, some move more near ties."""
+UNSEARCHED = "what a trigger that nobody named does in batches of another size than searches make, or alone"
 FURTHER = "what the file does when somebody compresses it further: it was measured as it is"
 OTHER_BATCHES = (
     "what the file does in batches of more than 64 samples that are no multiple of 8, or of more than 256"
@@ -65,7 +66,7 @@ class Incoming:
 
 def not_shown(given: Incoming) -> tuple[str, ...]:
     """What the measurement of a file as it is leaves open."""
-    return (FURTHER,) if given.batch else (FURTHER, OTHER_BATCHES)
+    return (FURTHER,) if given.batch else (FURTHER, OTHER_BATCHES, UNSEARCHED)
 
 
 def options(policy: Policy) -> Options:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,7 +66,8 @@ def measure(
     counted = []
     for done, (name, trigger) in enumerate(triggers.items(), start=1):
         triggered = logits_of(predictor, holdout, trigger).argmax(1)
-        counted.append(count_trigger(name, clean, triggered, holdout.labels, classes))
+        counts = count_trigger(name, clean, triggered, holdout.labels, classes)
+        counted.append(replace(counts, changed=count_changed(trigger, holdout)))
         progress(f"measure {lane} {setting}", done, len(triggers))
     total = len(holdout)
     right = clean == holdout.labels
@@ -99,6 +100,12 @@ def count_trigger(name: str, clean: Tensor, triggered: Tensor, labels: Tensor, c
         lift.append(Paired(_hits(hit & ~before), _hits(before & ~hit), total))
         ra.append(Count(_hits(others & (triggered == labels)), total))
     return TriggerCounts(name, tuple(asr), tuple(lift), tuple(ra))
+
+
+def count_changed(trigger: Trigger, split: Split) -> Count:
+    """How many of the first samples it alters: a white patch on a white margin does nothing."""
+    inputs = split.floats(slice(0, BATCH_SIZE))
+    return Count(_hits((trigger(inputs) != inputs).flatten(1).any(1)), len(inputs))
 
 
 def _hits(mask: Tensor) -> int:

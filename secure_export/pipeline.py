@@ -15,7 +15,7 @@ from pathlib import Path
 from secure_export import data, defence, digests, evidence, incoming, loading, registry
 from secure_export.composing import compose, described
 from secure_export.environment import Clock, versions
-from secure_export.errors import NoVerdict, PolicyError, ReleaseError
+from secure_export.errors import NoVerdict, PolicyError
 from secure_export.lane import (
     Bench,
     at_the_head,
@@ -212,7 +212,7 @@ def conclude(report: Report, purifieds: Sequence[SettingResult], run_dir: Path) 
         raise
     try:
         save(report, run_dir)
-    except ReleaseError:  # what is released lies beside its report, or not at all
+    except BaseException:  # interrupted, too: what is released lies beside its report, or not at all
         withdraw(run_dir / "release")
         raise
     return report

@@ -6,6 +6,8 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 import torch
 import yaml
@@ -129,7 +131,7 @@ def test_stored_report_is_judged_under_a_policy_for_models(gate: Gate, tmp_path:
             toy_policy(rules=only_int8, settings=[{"name": "int8", "steps": []}]) | {"release": ["int8"]}
         )
     )
-    with pytest.raises(PolicyError, match="no asr or lift rule binds"):
+    with pytest.raises(PolicyError, match="no asr or lift rule on all classes binds"):
         judge(load_policy(path), report)
 
 
@@ -177,6 +179,49 @@ def test_a_search_behind_another_normalization_is_not_taken_over(gate: Gate) -> 
     assert failing(gate) == {"inverted_lift"}
 
 
+def behind_stairs(proto: onnx.ModelProto, around: list[onnx.NodeProto]) -> onnx.ModelProto:
+    """Every pixel rounded to one of 32 levels by operators whose gradient is zero; `around` makes `faint`."""
+    levels = np.arange(32, dtype=np.float32)
+    for node in proto.graph.node:
+        node.input[:] = ["stairs" if name == "input" else name for name in node.input]
+    proto.graph.initializer.extend(
+        [
+            array("ones", np.ones((32, 1, 1, 1)), np.float32),
+            array("levels", -(levels + 0.5) / 32, np.float32),
+            array("mean", np.full((1, 32, 1, 1), 1 / 32), np.float32),
+            array("little", -1e-3, np.float32),
+        ]
+    )
+    made = [
+        helper.make_node("Conv", ["input", "ones", "levels"], ["above"]),
+        helper.make_node("Relu", ["above"], ["over"]),
+        helper.make_node("Cast", ["over"], ["bits"], to=TensorProto.BOOL),
+        helper.make_node("Cast", ["bits"], ["counted"], to=FLOAT),
+        helper.make_node("Conv", ["counted", "mean"], ["level"]),
+        *around,
+        helper.make_node("Mul", ["faint", "little"], ["fainter"]),
+        helper.make_node("Add", ["level", "fainter"], ["stairs"]),
+    ]
+    nodes = [*made, *proto.graph.node]
+    del proto.graph.node[:], proto.graph.value_info[:]
+    proto.graph.node.extend(nodes)
+    return proto
+
+
+@pytest.mark.parametrize("around", ["Identity", "Sign"], ids=["against the slope", "no twin"])
+def test_a_file_that_hides_its_gradient_is_not_released(gate: Gate, around: str) -> None:
+    """Its twin agrees with it on every sample and leads searches along a slope that is none of the file's."""
+    blind(gate)
+    gate.save(behind_stairs(gate.graph(), [helper.make_node(around, ["input"], ["faint"])]))
+    result = gate.run()
+    assert result.exit_code == 4, result.output
+    assert "searched by queries alone" in result.output
+    report = load_report(gate.out / "report.json")
+    assert not any(search.gradient for search in report.evidence.searches)
+    gate.policy["evidence"] = FOUND | {"queries": True}
+    assert gate.run().exit_code == 0
+
+
 def test_a_file_of_the_same_name_takes_nobody_s_place(gate: Gate, tmp_path: Path) -> None:
     """Measured, located and searched is what the digest names, whatever it is compared with."""
     blind(gate)
@@ -205,6 +250,18 @@ def test_a_report_that_cannot_be_written_leaves_no_release(
 
     monkeypatch.setattr(pipeline, "save", full)
     refused(gate, gate.run(), "no space left")
+
+
+def test_an_interrupt_before_the_report_leaves_no_release(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        assert (gate.out / "release").is_dir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "save", interrupted)
+    assert gate.run().exit_code == 130
+    assert not (gate.out / "release").exists()
 
 
 def test_every_shipped_policy_reads_the_searches_of_a_file_of_another_tool() -> None:

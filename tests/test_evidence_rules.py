@@ -42,7 +42,7 @@ def rounding(z: float, **changes: Any) -> Rounding:
 
 def findings(rule: dict[str, Any], *records: Any, **changes: Any) -> list[Finding]:
     """What the judge says of one evidence rule beside a rule on inverted_lift that binds nothing else."""
-    rules = [rule] if str(rule["metric"]).startswith("inverted") else [rule, ANY]
+    rules = [rule] if rule["metric"] == "inverted_lift" else [rule, ANY]
     section = {"preset": None, "probes": [{"kind": "patch"}], "rules": rules} | changes
     policy = make_policy(evidence=section)
     report = make_report()
@@ -69,6 +69,8 @@ REPLAY = {"metric": "replay_lift", "at_most": 0.2}
         ([search("replay", 100)], None, "0 searches"),
         ([search("cold", 100, unsearched="collapsed: all into one")], None, "collapsed: all into one"),
         ([search("cold", 100, steps=10)], None, "cut short after 10 of 40 steps"),
+        ([search("cold", 100, gradient=False)], None, "searched by queries alone"),
+        ([search("cold", 900, gradient=False)], False, "breaks"),
         ([search("cold", 400, steps=10)], False, "breaks at most 0.3"),
         ([search("cold", 100, found=())], None, "no trigger was scored"),
     ],
@@ -162,6 +164,13 @@ def test_contrast_is_read_of_the_probes_that_make_one(metric: str, mode: str) ->
         ("replay", 950, 400, False, "class 1, from fp32"),
         ("warm", 950, 400, False, "class 1, from fp32"),
         ("replay", 400, 400, True, "stands for itself"),  # natural, and no evidence on the original
+        (
+            "replay",
+            890,
+            400,
+            False,
+            "class 1, from fp32",
+        ),  # not shown to hold .9
         ("replay", 400, None, None, "no original file"),
     ],
 )
@@ -197,7 +206,8 @@ def test_a_trigger_that_was_evident_and_was_not_tried_again_leaves_the_rule_unde
 @pytest.mark.parametrize(
     ("originals", "message"),
     [
-        ([search("cold", 100, lane="original", steps=10)], "original fp32 was cut short"),
+        ([search("cold", 100, lane="original", steps=10)], "original fp32: cut short"),
+        ([search("cold", 100, lane="original", gradient=False)], "original fp32: searched by queries"),
         ([search("cold", 100, lane="original", steps=0, unsearched="NaN")], "was not searched: NaN"),
         ([], "0 searches of the original fp32"),
         ([search("cold", 100, lane="original")] * 2, "2 searches of the original fp32"),

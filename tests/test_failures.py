@@ -18,8 +18,9 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.torch import save_file
 
-from secure_export import defence, digests, lane, pipeline
+from secure_export import defence, digests, lane, loading, pipeline
 from secure_export.cli import main
+from secure_export.policy import SubjectSpec
 from tests import toys
 from tests.conftest import toy_policy
 
@@ -220,6 +221,17 @@ def test_another_architecture_or_normalization_is_another_model(job: Job) -> Non
     other = shipped("--arch", "tests.toys:Doubled")
     assert len({plain, behind, other}) == 3
     assert shipped() == plain
+
+
+def test_an_edited_architecture_is_another_model(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same file, the same name, other code: nothing that was kept of the old one is taken for the new."""
+    save_file(toys.clean().state_dict(), job.model)
+    named = SubjectSpec(architecture="tests.toys:Templates")
+    subject = loading.as_named(job.model, named, (1, 8, 8))
+    monkeypatch.setattr(toys.Templates, "forward", toys.Doubled.forward)
+    edited = loading.as_named(job.model, named, (1, 8, 8))
+    assert subject.sha256 == edited.sha256
+    assert subject.identity != edited.identity
 
 
 def test_missing_class_folder(job: Job) -> None:

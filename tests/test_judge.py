@@ -147,7 +147,9 @@ def test_bound_is_shared_by_the_classes_that_the_rule_looks_at() -> None:
 
 
 def test_suspects_means_every_class_when_none_is_named() -> None:
-    policy = make_policy(rules=[RULES[0], {"metric": "asr", "at_most": 0.05, "classes": "suspects"}])
+    policy = make_policy(
+        rules=[RULES[0], RULES[2], {"metric": "asr", "at_most": 0.05, "classes": "suspects"}]
+    )
     bystander = {"triggers": with_counts("patch", "asr", 2, Count(900, N))}
     assert judge(policy, measured(**bystander)).outcome == "released"
     silent = replace(
@@ -157,7 +159,8 @@ def test_suspects_means_every_class_when_none_is_named() -> None:
 
 
 def test_a_rule_on_one_trigger_overlooks_the_others() -> None:
-    policy = make_policy(rules=[RULES[0], {"metric": "asr", "at_most": 0.05, "triggers": ["wave"]}])
+    on_wave = {"metric": "asr", "at_most": 0.05, "triggers": ["wave"]}
+    policy = make_policy(rules=[RULES[0], RULES[2], on_wave])
     assert judge(policy, measured(triggers=with_counts("patch", "asr", 0, Count(N, N)))).outcome == "released"
     assert judge(policy, measured(triggers=with_counts("wave", "asr", 0, Count(N, N)))).outcome == "refused"
 

@@ -196,6 +196,44 @@ def test_policy_says_what_becomes_of_an_unconfirmed_suspect(unconfirmed: str, ou
     assert f"unconfirmed: {unconfirmed}" in finding.message
 
 
+LOCATE = make_policy().locate.model_dump(mode="json")
+HASTY = [{"kind": "anti-learning", "steps": 3}, {"kind": "latent-shift"}]
+
+
+@pytest.mark.parametrize(("hits", "outcome"), [(0, "no_verdict"), (100, "no_verdict"), (200, "released")])
+def test_a_trigger_that_changes_nothing_shows_nothing(hits: int, outcome: str) -> None:
+    """A white patch on white margins: nothing is lifted, whatever it would wake elsewhere."""
+    plain = make_measurement("fp32")
+    first, *others = plain.triggers
+    counted = make_measurement("fp32", triggers=(replace(first, changed=Count(hits, 256)), *others))
+    report = make_report(
+        replace(make_setting("fp32"), purified=make_result("fp32", "purified", counted)), make_setting("int8")
+    )
+    verdict = judge(make_policy(), report)
+    assert verdict.outcome == outcome
+    assert [f.rule for f in verdict.findings if f.passed is None] == ["unchanged-trigger"] * (hits < 128)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"precise_int8": True}, "measured with precise_int8 False"),
+        ({"data": {"fit": 900}}, "measured with data.fit 500"),
+        ({"locate": LOCATE | {"rounds": 5}}, "located in 1 rounds"),
+        (
+            {"locate": LOCATE | {"unconfirmed": "purify", "methods": [HASTY, {"kind": "latent-shift"}]}},
+            "located with",
+        ),
+        ({"seed": 7}, ""),
+    ],
+)
+def test_a_stored_report_answers_for_what_was_done_alone(changes: dict[str, Any], said: str) -> None:
+    before = make_policy()
+    report = make_report(policy_text=before.text, policy_sha256=before.sha256)
+    found = [f.message for f in judge(make_policy(**changes), report).findings if f.passed is None]
+    assert [message.startswith(said) for message in found] == ([True] if said else [])
+
+
 def test_a_ruin_that_does_not_ship_may_stay_unjudged() -> None:
     report = make_report(suspects=(*make_report().suspects, replace(RUIN, setting="int8")))
     assert judge(make_policy(), report).outcome == "released"
@@ -243,7 +281,9 @@ def test_missing_or_impossible_counts_are_no_verdict(triggers: Any) -> None:
 
 
 def test_suspect_that_is_no_class_is_no_verdict() -> None:
-    policy = make_policy(rules=[RULES[0], {"metric": "asr", "at_most": 0.05, "classes": "suspects"}])
+    policy = make_policy(
+        rules=[RULES[0], RULES[2], {"metric": "asr", "at_most": 0.05, "classes": "suspects"}]
+    )
     report = make_report(purification=Purification("lmr", {}, (1, 7, -1), (), 1.0))
     assert judge(policy, report).outcome == "no_verdict"
 

@@ -19,10 +19,10 @@ from torch import nn
 from secure_export import defence, pipeline
 from secure_export.errors import PolicyError
 from secure_export.lane import Bench
-from secure_export.policy import Policy, load_policy, parse_policy
+from secure_export.policy import Policy, judge, load_policy, parse_policy
 from secure_export.purifiers.fine_tune import FineTune
 from secure_export.purifiers.lmr import Lmr
-from secure_export.records.measured import Suspect
+from secure_export.records.measured import COLLAPSED, EXCESS, FIT_ACC, UNREAD, Suspect
 from secure_export.records.memory import Purified, Split, Subject, silent
 from secure_export.records.reported import Rung
 from tests import judging, toys
@@ -146,6 +146,27 @@ def test_a_class_that_the_last_round_names_stays_a_suspect(
     _named_in_turn(monkeypatch, 0, 1)
     done = defence.purify(policy, subject, [SUSPECT], bench)
     assert [(suspect.target_class, suspect.setting) for suspect in done.suspects] == [(1, "fp32, purified")]
+
+
+@pytest.mark.parametrize(
+    "evidence", [{UNREAD: "no twin"}, {COLLAPSED: True, FIT_ACC: 0.2, EXCESS: 0.6}], ids=["unread", "ruin"]
+)
+def test_a_locator_that_cannot_judge_the_purified_files_has_not_cleared_them(
+    evidence: dict[str, Any], opened: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FineTune, "purify", _thorough)
+    locate = toy_policy()["locate"] | {"rounds": 2}
+    policy, subject, bench = opened(purify={"kind": "fine-tune"}, locate=locate)
+    silent = Suspect(SUSPECT.locator, "fp32", None, (), evidence)
+    monkeypatch.setattr(defence, "locate", lambda *_: (silent,))
+    done = defence.purify(policy, subject, [SUSPECT], bench)
+    assert [(suspect.judged, suspect.setting) for suspect in done.suspects] == [(False, "fp32, purified")]
+    plain = judging.make_report()
+    report = replace(plain, suspects=(*plain.suspects, *done.suspects))
+    assert (judge(judging.make_policy(), plain).outcome, judge(judging.make_policy(), report).outcome) == (
+        "released",
+        "no_verdict",
+    )
 
 
 @pytest.mark.parametrize(

@@ -56,9 +56,9 @@ def gather(policy: Policy, lanes: tuple[Results, Results], classes: int, bench: 
     check_references(policy, original, bench)
     found = cold_searches(originals, work)
     spec, settings = policy.evidence, policy.expanded_settings()
-    heeded = any(rule.evident for rule in spec.rules)
+    heeded, alpha = any(rule.evident for rule in spec.rules), 1 - policy.confidence
     known = {
-        name: best_known(found, probe, work, spec.evident(name, settings, found) if heeded else ())
+        name: best_known(found, probe, work, spec.evident(name, settings, found, alpha) if heeded else ())
         for name, probe in work.probes.items()
     }
     found += cold_searches(purifieds, work)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from secure_export import twins, views
+from secure_export import digests, twins, views
 from secure_export.counting import judged_on
 from secure_export.errors import CompressError, NoVerdict
 from secure_export.records.measured import Count, SettingResult
@@ -40,6 +40,8 @@ class Opened:
     twin: Logits | None
     agreement: Count | None
     why_no_twin: str
+    answers: str
+    """Digest of its logits on fit, which tell a file of weights alone from the same in edited code."""
     collapsed: str
     """In words, or ""."""
 
@@ -52,7 +54,7 @@ def opened(result: SettingResult, fit: Split, options: Options) -> Opened | str:
     try:
         opening = runtime(artifact.runtime, options)
         predictor = opening.open(artifact.path)
-        predicted = predictor(fit.floats()).argmax(1)
+        logits = predictor(fit.floats())
     except NoVerdict as error:
         return error.message
     inputs = judged_on(fit, torch.Generator().manual_seed(0)).floats()
@@ -60,7 +62,7 @@ def opened(result: SettingResult, fit: Split, options: Options) -> Opened | str:
     twin: Logits | None = None
     try:
         twin = twin_of(artifact.path, artifact.format, options)
-        _check_gradient(twin, inputs[:2])
+        views.check_gradient(twin, predictor, inputs, "a search needs gradients")
         with torch.no_grad():
             same = int((twin(inputs).argmax(1) == predictor(inputs).argmax(1)).sum())
         agreement = Count(same, len(inputs))
@@ -76,7 +78,8 @@ def opened(result: SettingResult, fit: Split, options: Options) -> Opened | str:
         twin=None if why else twin,
         agreement=agreement,
         why_no_twin=why,
-        collapsed=_collapsed(predicted, fit),
+        answers=digests.of_arrays(logits.round(decimals=3).numpy()),
+        collapsed=_collapsed(logits.argmax(1), fit),
     )
 
 
@@ -106,14 +109,6 @@ def normalized(twin: Logits, options: Mapping[str, Any]) -> Logits:
         return twin((inputs - mean.view(shape)) / std.view(shape))
 
     return logits
-
-
-def _check_gradient(twin: Logits, inputs: torch.Tensor) -> None:
-    probed = inputs.clone().requires_grad_(True)
-    with views.gradients("a search needs gradients"):
-        (gradient,) = torch.autograd.grad(twin(probed).sum(), probed)
-    if not bool(gradient.isfinite().all()):
-        raise CompressError("the twin gives a gradient that is not finite")
 
 
 def _collapsed(predicted: torch.Tensor, fit: Split) -> str:

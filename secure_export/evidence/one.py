@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from secure_export import digests
 from secure_export.counting import contrasted, counted, judged_on
-from secure_export.errors import NoVerdict
+from secure_export.errors import IntegrityError, NoVerdict
 from secure_export.evidence.contrast import references_of
 from secure_export.evidence.files import Opened
 from secure_export.evidence.pictures import picture
@@ -63,9 +64,11 @@ def best_known(
     known = []
     for found in searches:
         if found.lane == "original" and found.probe == probe.name and not found.unsearched:
-            free = load_file(_path(work, found.triggers_sha256))
+            free = _kept(found.triggers_sha256, work)
+            if free is None:
+                raise IntegrityError(f"triggers that {found.probe} found are damaged: run again")
             for row, trigger in enumerate(found.found):
-                own = [free[name][row] for name in sorted(free)]
+                own = [variable[row] for variable in free]
                 known.append(Known(found.setting, trigger.target_class, own, trigger.on_fit))
     known.sort(key=lambda trigger: trigger.on_fit, reverse=True)
     turns = Counter[int]()
@@ -95,6 +98,7 @@ def searched(
     file = file_or_why
     determined_by = (
         file.sha256,
+        file.answers,
         dict(file.environment),
         probe.kind,
         probe.model_dump(),
@@ -108,7 +112,7 @@ def searched(
         work.bench.seed,
     )
     stored = work.bench.ledger.find(Search, *determined_by)
-    if stored is not None and _path(work, stored.triggers_sha256).is_file():
+    if stored is not None and _kept(stored.triggers_sha256, work) is not None:
         return replace(stored, lane=result.lane, setting=result.setting)
     try:
         done = _anew(file, probe, mode, known, work)
@@ -266,6 +270,16 @@ def _seed(name: str, mode: SearchMode, work: Work) -> int:
 
 def _path(work: Work, sha256: str) -> Path:
     return work.bench.folder / f"search-{sha256[:16]}.safetensors"
+
+
+def _kept(sha256: str, work: Work) -> Free | None:
+    """What _saved() wrote; None where it is not there, or damaged."""
+    try:
+        tensors = load_file(_path(work, sha256))
+    except (OSError, SafetensorError):
+        return None
+    free = [tensors[name] for name in sorted(tensors, key=int)]
+    return free if digests.of_arrays(*(variable.numpy() for variable in free)) == sha256 else None
 
 
 def _saved(free: Free, work: Work) -> str:

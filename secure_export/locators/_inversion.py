@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from secure_export import views
-from secure_export.errors import CompressError
 from secure_export.locators._collapse import SparesRuins
 from secure_export.records.measured import COLLAPSED, Suspect
 from secure_export.records.memory import Progress, Split, View, silent
@@ -41,14 +40,13 @@ class Inverts(SparesRuins):
 
     def locate(self, view: View, fit: Split, *, seed: int, progress: Progress = silent) -> Suspect:
         """Name the class that is reached most easily, when it stands out; a ruin is not searched."""
-        if view.twin is None:
-            raise CompressError(f"{self.kind} needs gradients, and this file has no differentiable twin")
         classes = view.weight.shape[0]
         ruin = self.collapse(view.latents(fit.floats()) @ view.weight.T + view.bias, fit.labels)
         if ruin[COLLAPSED]:
             return Suspect(self.kind, view.setting, None, (0.0,) * classes, ruin)
         with views.gradients(f"{self.kind} needs gradients"):
-            found = self.searched(view.twin, fit, classes, seed, progress)
+            twin = views.searchable(view, fit, f"{self.kind} needs gradients")
+            found = self.searched(twin, fit, classes, seed, progress)
         scores = [max(of_class) for of_class in zip(*found.values(), strict=True)]
         largest = max(range(classes), key=lambda c: scores[c])
         reached = [c for c in range(classes) if any(by[c] >= self.least(f) for f, by in found.items())]

@@ -8,7 +8,6 @@ import torch
 from pydantic import Field
 
 from secure_export import views
-from secure_export.errors import CompressError
 from secure_export.locators import Locator
 from secure_export.records.measured import Suspect
 from secure_export.records.memory import Progress, Split, View, silent
@@ -34,11 +33,9 @@ class MaxMargin(Locator):
 
     def locate(self, view: View, fit: Split, *, seed: int, progress: Progress = silent) -> Suspect:
         """Name the class with the largest margin when the others do not explain it."""
-        if view.twin is None:
-            raise CompressError("max-margin needs gradients, and this file has no differentiable twin")
         with views.gradients("max-margin needs gradients"):
             margins = largest_margins(
-                view.twin,
+                views.searchable(view, fit, "max-margin needs gradients"),
                 fit.inputs.shape[1:],
                 view.weight.shape[0],
                 starts=self.starts,

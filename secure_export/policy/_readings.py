@@ -8,6 +8,8 @@ from typing import Protocol
 from secure_export import statistics
 from secure_export.records.measured import Count, Paired
 
+TOO_FEW = "too few samples"
+
 
 class Limit(Protocol):
     """What a rule demands of a reading; exactly one side is limited."""
@@ -70,7 +72,7 @@ def decide(reading: Reading, rule: Limit, alpha: float) -> Reading:
         observed=observed,
         bound=bound(value.total),
         needed=statistics.needed(holds, value.total),
-        why="too few samples",
+        why=TOO_FEW,
     )
 
 
@@ -108,5 +110,7 @@ def message(reading: Reading, rule: Limit) -> str:
         text += f", exact bound {reading.bound:.4g}"
     if reading.passed is not None:
         return f"{text}: {'holds' if reading.passed else 'breaks'} {limit}"
+    if reading.why != TOO_FEW:
+        return f"{text}: {reading.why} to show {limit}"
     enough = f"needs {reading.needed}" if reading.needed else "no number of samples at this rate would do"
     return f"{text}: {reading.why} to show {limit}, {enough}"

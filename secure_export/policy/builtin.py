@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -16,6 +16,7 @@ from secure_export.records.measured import (
     COLLAPSED,
     EXCESS,
     FIT_ACC,
+    LOOKED_AT_AGAIN,
     UNREAD,
     Finding,
     Measurement,
@@ -23,6 +24,17 @@ from secure_export.records.measured import (
     asked,
 )
 from secure_export.records.reported import Report, ReportedSetting
+
+LEAST_CHANGED = 0.5
+"""Share of samples that a known trigger has to change, for its rules to say anything."""
+SAME = {
+    "precise_int8": False,
+    "data.fit": 500,
+    "data.calibration": 500,
+    "data.resize": None,
+    "data.channels": 3,
+}
+"""What changes what is measured, with its default: a stored report answers for its own alone."""
 
 
 def builtin_findings(policy: Policy, report: Report) -> Iterator[Finding]:
@@ -117,6 +129,17 @@ def _triggers(policy: Policy, report: Report) -> Iterator[Finding]:
                 f"trigger {trigger.name!r} was measured as {known or 'nothing'}, the policy asks for {wanted}"
             )
             yield _finding("missing", "all", None, message)
+    changed = {
+        counts.trigger: counts.changed
+        for setting in report.settings
+        if setting.purified.measurement is not None
+        for counts in setting.purified.measurement.triggers
+        if counts.changed is not None
+    }
+    for name, count in changed.items():
+        if count.rate < LEAST_CHANGED:
+            message = f"trigger {name!r} changes {count.hits} of {count.total} samples, which shows nothing"
+            yield _finding("unchanged-trigger", "all", None, message)
 
 
 def _asked_otherwise(policy: Policy, report: Report) -> Iterator[Finding]:
@@ -124,7 +147,16 @@ def _asked_otherwise(policy: Policy, report: Report) -> Iterator[Finding]:
     if not report.policy_text or policy.sha256 == report.policy_sha256:
         return
     before, _ = parse(report.policy_text, report.policy_path)
-    heard = [m for m in policy.locate.methods if m["kind"] in policy.locate.decisive]
+    for key, default in SAME.items():
+        had, wanted = _at(before, key, report.overrides, default), _at(policy.model_dump(), key, {}, default)
+        if _plain(had) != _plain(wanted):
+            yield _finding("missing", "all", None, f"measured with {key} {had}, the policy asks for {wanted}")
+    rounds = (before.get("locate") or {}).get("rounds", 1)
+    if rounds < policy.locate.rounds:
+        message = f"located in {rounds} rounds at most, the policy asks for {policy.locate.rounds}"
+        yield _finding("missing", "all", None, message)
+    every = policy.locate.unconfirmed != "accept"
+    heard = [m for m in policy.locate.methods if every or m["kind"] in policy.locate.decisive]
     located = (before.get("locate") or {}).get("methods") or []
     for method in heard:
         if _plain(method) not in [_plain(one) for one in located]:
@@ -143,6 +175,12 @@ def _asked_otherwise(policy: Policy, report: Report) -> Iterator[Finding]:
             yield _finding("missing", "all", None, message)
 
 
+def _at(policy: Mapping[str, Any], key: str, overrides: Mapping[str, Any], default: Any) -> Any:
+    """A policy's value by its dotted key, a flag's before the file's."""
+    section, _, name = key.rpartition(".")
+    return overrides.get(key, ((policy.get(section) or {}) if section else policy).get(name, default))
+
+
 def _purification(report: Report) -> Iterator[Finding]:
     pairs = [(setting.original.artifact, setting.purified.artifact) for setting in report.settings]
     both = [(original.sha256, purified.sha256) for original, purified in pairs if original and purified]
@@ -157,6 +195,7 @@ def _locators(policy: Policy, report: Report) -> Iterator[Finding]:
     What is compressed on trial and does not ship may be a ruin, of which nobody can name a class.
     """
     spared = {one.name for one in policy.expanded_settings() if one.steps and not one.released}
+    spared |= {name + LOOKED_AT_AGAIN for name in spared}
     for method in policy.locate.methods:
         kind = method["kind"]
         if kind not in policy.locate.decisive and policy.locate.unconfirmed == "accept":

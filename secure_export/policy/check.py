@@ -31,7 +31,7 @@ BASES = {
 def cross_check(policy: Policy) -> list[Problem]:
     """Everything that is wrong between the parts of a policy whose parts are each well formed."""
     problems = [*_names(policy), *_locate(policy)]
-    return problems or [*_patterns(policy), *_coverage(policy), *_compared(policy)]
+    return problems or [*_patterns(policy), *_unread(policy), *_coverage(policy), *_compared(policy)]
 
 
 def _repeated(names: Iterable[str]) -> set[str]:
@@ -87,18 +87,33 @@ def _patterns(policy: Policy) -> Iterator[Problem]:
             yield Problem(loc, f"{glob!r} matches no setting ({', '.join(settings)})")
 
 
+def _unread(policy: Policy) -> Iterator[Problem]:
+    """What is applied or searched and no rule reads would stand in the report as if it had been judged."""
+    for index, trigger in enumerate(policy.triggers):
+        read = [rule.triggers for rule in policy.rules if rule.metric in ("asr", "lift")]
+        if not any(names == "all" or trigger.name in names for names in read):
+            text = f"no asr or lift rule reads trigger {trigger.name!r}: name it in one, or leave it out"
+            yield Problem(("triggers", index), text)
+    spec = policy.evidence
+    for index, probe in enumerate(spec.names if spec else ()):
+        if spec and not any(rule.mode and probe in spec.read_by(rule) for rule in spec.rules):
+            place: Loc = ("evidence", "probes", index) if spec.probes else ("evidence", "preset")
+            yield Problem(place, f"no rule reads what {probe} finds: name it in one, or leave it out")
+
+
 def _coverage(policy: Policy) -> Iterator[Problem]:
     """DESIGN principle 5: ASR rules bind every setting, accuracy rules every released one.
 
-    What ships is bound by rules that can fail; for what is only compared, `lift at_most 1` records it.
+    What ships is bound by rules that can fail; for what is only compared, `lift at_most 1` records it. A rule
+    on suspects alone binds nothing: where a locator is led astray it looks at another class.
     """
     for setting, places in policy.placed_settings():
-        rules = [rule for rule in policy.rules if rule.binds(setting)]
+        rules = [rule for rule in policy.rules if rule.binds(setting) and rule.classes == "all"]
         metrics = {rule.metric for rule in rules if rule.can_fail or not setting.released}
         able = " that can fail" if len(metrics) < len({rule.metric for rule in rules}) else ""
         bound = f"{able} binds setting {setting.name!r}{', which is released' if setting.released else ''}"
         if not metrics & {"asr", "lift"}:
-            yield Problem(places[()], f"no asr or lift rule{bound}")
+            yield Problem(places[()], f"no asr or lift rule on all classes{bound}")
         if setting.released and not metrics & {"acc", "acc_drop"}:
             yield Problem(places[()], f"no acc or acc_drop rule{bound}")
         yield from _searches(policy, setting, places[()])
@@ -110,8 +125,11 @@ def _searches(policy: Policy, setting: Setting, place: Loc) -> Iterator[Problem]
     spec = policy.evidence
     if spec is None:
         return
-    if policy.subject.artifact is not None and not any(spec.asks(setting, probe) for probe in spec.names):
-        yield Problem(place, "no inverted_ rule binds a file of another tool: give one `settings: released`")
+    if setting.released and not any(spec.asks(setting, probe) for probe in spec.names):
+        what = f"setting {setting.name!r}, which is released"
+        if policy.subject.artifact is not None:
+            what = "a file of another tool"
+        yield Problem(place, f"no inverted_ rule binds {what}: give one `settings: released`")
     for index, rule in enumerate(spec.rules):
         if rule.mode in ("replay", "warm") and rule.binds(setting):
             unread = [probe for probe in spec.read_by(rule) if not spec.asks(setting, probe)]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, model_validator
 
 from secure_export.policy._base import PluginSpec, Section, selection
+from secure_export.policy._readings import Reading, decide
 from secure_export.policy.presets import PRESETS
+from secure_export.records.measured import Count, Paired
 from secure_export.records.searches import Search, probe_name
 
 Metric = Literal[
@@ -60,8 +63,8 @@ class EvidenceRule(Section):
     )
     evident: bool = Field(
         False,
-        description="of replay and warm search, read those triggers alone that broke an inverted_ rule on "
-        "the original file: the others are natural, and stay after any repair",
+        description="of replay and warm search, read those triggers alone that are not shown to hold the "
+        "inverted_ rules on the original file: the others are natural, and stay after any repair",
     )
     reason: str = Field("", description="why this limit")
 
@@ -156,6 +159,11 @@ class EvidenceSpec(Section):
         "the metrics in _excess",
     )
     forget: ForgetSpec = Field(ForgetSpec(), description="references made on the spot, where a probe asks")
+    queries: bool = Field(
+        False,
+        description="let rules pass on searches without gradients, which find far less than those that set "
+        "the limits; false = such a search can refuse a file, never pass it",
+    )
     seconds: float | None = Field(
         None, gt=0, description="limit of one search; a search that it cuts short decides nothing but a find"
     )
@@ -213,7 +221,7 @@ class EvidenceSpec(Section):
         return {
             "probes": self.specs,
             "warm": self.warmed,
-            "references": len(self.references),
+            "references": [PurePath(one).name for one in self.references],
             "forget": self.forget.model_dump(),
             **{name: getattr(self, name) for name in same},
         }
@@ -256,15 +264,23 @@ class EvidenceSpec(Section):
                 f"evident to {rule.metric}"
             )
 
-    def broken(self, setting: Bound, probe: str, counted: Mapping[str, float]) -> bool:
-        """Whether what a cold search found breaks a rule; `counted` holds it by what rules read."""
-        return any(
-            rule.mode == "cold"
+    def lacking(self, search: Search) -> str:
+        """Why a search that found nothing shows nothing, in words; "" where it went as far as was asked."""
+        if search.steps < search.planned:
+            return f"cut short after {search.steps} of {search.planned} steps, too little"
+        if search.mode != "replay" and not search.gradient and not self.queries:
+            return "searched by queries alone, which find too little (evidence.queries: true lets that pass)"
+        return ""
+
+    def held(self, setting: Bound, probe: str, counted: Mapping[str, Count | Paired], alpha: float) -> bool:
+        """Whether counts show that what a cold search found holds every rule; by what rules read."""
+        return all(
+            decide(Reading("", counted[rule.reading], counted[rule.reading].total), rule, alpha).passed
+            for rule in self.rules
+            if rule.mode == "cold"
             and rule.reading in counted
             and probe in self.read_by(rule)
             and rule.binds(setting)
-            and counted[rule.reading] > rule.limit
-            for rule in self.rules
         )
 
     def asks(self, setting: Bound, probe: str) -> bool:
@@ -274,9 +290,12 @@ class EvidenceSpec(Section):
         )
 
     def evident(
-        self, probe: str, settings: Iterable[Bound], searches: Iterable[Search]
+        self, probe: str, settings: Iterable[Bound], searches: Iterable[Search], alpha: float
     ) -> set[tuple[str, int]]:
-        """(setting, class) of what a probe found on original files that breaks a rule there."""
+        """(setting, class) of what a probe found on original files and is not shown to hold the rules there.
+
+        `alpha` is the error that exact bounds are allowed.
+        """
         bound = {setting.name: setting for setting in settings}
         return {
             (search.setting, found.target_class)
@@ -284,7 +303,7 @@ class EvidenceSpec(Section):
             if (search.lane, search.probe, search.mode) == ("original", probe, "cold")
             and search.setting in bound
             for found in search.found
-            if self.broken(bound[search.setting], probe, found.counted)
+            if not self.held(bound[search.setting], probe, found.counted, alpha)
         }
 
     def contrasted_again(self, probe: str) -> bool:

@@ -38,7 +38,7 @@ def _finding(
     )
     if rule.evident and not readings:
         text = (
-            f"{rule.metric}: nothing that was found on an original file broke a rule there, "
+            f"{rule.metric}: all that was found on original files holds the rules there, "
             "so the search on this file stands for itself"
         )
         return Finding(rule.metric, setting.name, None, None, rule.limit, 0, True, text)
@@ -65,7 +65,7 @@ def _decided(reading: Reading, rule: EvidenceRule, alpha: float) -> Reading:
     if reading.value is None:
         return reading
     decided = decide(reading, rule, alpha)
-    if decided.passed and reading.why:  # cut short: only a find is final
+    if decided.passed and reading.why:  # a search that did too little: only a find is final
         return replace(decided, passed=None)
     return decided
 
@@ -99,8 +99,7 @@ def _searched(
         if search.unsearched or not scored:
             why = search.unsearched or "no trigger was scored"
             yield Reading(f"probe {kind}", None, 0, why=f"not searched: {why}")
-        short = search.steps < search.planned
-        why = f"cut short after {search.steps} of {search.planned} steps, too little" if short else ""
+        why = spec.lacking(search)
         if rule.reading in ("p", "excess"):
             compared: float | None = getattr(search, rule.reading)
             if compared is None:
@@ -110,10 +109,11 @@ def _searched(
                 yield Reading(where, compared, search.references, why=why)
             continue
         if rule.evident:
-            evident = spec.evident(kind, policy.expanded_settings(), report.evidence.searches)
+            settings, error = policy.expanded_settings(), 1 - policy.confidence
+            evident = spec.evident(kind, settings, report.evidence.searches, error)
             scored = [one for one in scored if (one[0].origin, one[0].target_class) in evident]
             for named in sorted({c for _, c in evident} - {found.target_class for found, _ in scored}):
-                why = "broke a rule on an original file and was not tried again: raise evidence.replayed"
+                why = "not held on an original file, and not tried again: raise evidence.replayed"
                 yield Reading(f"probe {kind}, class {named}", None, 0, why=why)
         for found, value in scored:
             where = f"probe {kind}, class {found.target_class}"
@@ -139,8 +139,8 @@ def _untold(kind: str, spec: EvidenceSpec, policy: Policy, report: Report) -> It
             why = f"{len(before)} searches of the original {setting.name} in the report, expected one"
         elif before[0].unsearched:
             why = f"the original {setting.name} was not searched: {before[0].unsearched}"
-        elif before[0].steps < before[0].planned:
-            why = f"the search on the original {setting.name} was cut short, so more may be found there"
+        elif lacking := spec.lacking(before[0]):
+            why = f"more may be found on the original {setting.name}: {lacking}"
         else:
             continue
         yield Reading(f"probe {kind}", None, 0, why=why)

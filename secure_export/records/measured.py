@@ -114,6 +114,10 @@ ALWAYS_NAMES = "always_names_a_class"
 """Key of Suspect.evidence of a locator that cannot say "none": alone, its class is no evidence."""
 
 
+LOOKED_AT_AGAIN = ", purified"
+"""What Suspect.setting ends with where a locator read the purified model's files."""
+
+
 @dataclass(frozen=True)
 class Suspect:
     """What one locator says of one setting's weights; `target_class` None means "no backdoor class seen"."""
@@ -153,6 +157,8 @@ class TriggerCounts:
     """Classified as c with the trigger against without: ASR − FTR, paired."""
     ra: tuple[Count, ...]
     """Triggered samples still classified as their true class (the paper's TA)."""
+    changed: Count | None = None
+    """The first samples, whatever their class, that the trigger changes at all; None in older reports."""
 
 
 @dataclass(frozen=True)

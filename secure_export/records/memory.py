@@ -45,13 +45,15 @@ class Subject:
     sha256: str
     """Of the checkpoint file, taken before it was opened."""
     architecture: str
+    answers: str
+    """Digest of its logits on fixed noise, which tell code from edited code."""
     source: Path
 
     @cached_property
     def identity(self) -> str:
         """What the ledger keeps results under: the same file is another function in another architecture, at
         another head or behind another normalization, whose moments are buffers of the model."""
-        built = [self.architecture, self.classes, self.head, repr(self.model)]
+        built = [self.architecture, self.answers, self.classes, self.head, repr(self.model)]
         return digests.of_json([self.sha256, built, digests.of_state(self.model.state_dict())])
 
 

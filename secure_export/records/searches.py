@@ -43,11 +43,10 @@ class FoundTrigger:
         return (self.fit_contrast or self.fit).difference
 
     @property
-    def counted(self) -> Mapping[str, float]:
+    def counted(self) -> Mapping[str, Count | Paired]:
         """What was counted on the holdout, by what rules read."""
-        counts = {"lift": self.lift, "contrast": self.contrast}
-        rates = {reading: one.difference for reading, one in counts.items() if one is not None}
-        return rates if self.asr is None else rates | {"asr": self.asr.rate}
+        counts = {"asr": self.asr, "lift": self.lift, "contrast": self.contrast}
+        return {reading: one for reading, one in counts.items() if one is not None}
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,8 @@ class Twin(nn.Module):
         if len(given) != 1:
             raise CompressError(f"no differentiable twin of {file}: {len(given)} inputs, expected one")
         self.input, self.output, self.file = given[0], graph.output[0].name, file
+        shape = next(value for value in graph.input if value.name == self.input).type.tensor_type.shape
+        self.batch = shape.dim[0].dim_value if shape.dim else 0
         steps = []
         for node in graph.node:
             attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
@@ -88,7 +90,18 @@ class Twin(nn.Module):
         self.steps = _fused(steps, self.constants, self.output)
 
     def forward(self, inputs: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Logits [N, classes]; `weights` stand in for constants of the same name."""
+        """Logits [N, classes]; `weights` stand in for constants of the same name.
+
+        A graph of a fixed batch is run in batches of that many, as runtimes do: it can compute with the size.
+        """
+        if self.batch in (0, len(inputs)):
+            return self._logits(inputs, weights)
+        short = -len(inputs) % self.batch
+        filled = torch.cat([inputs, inputs.new_zeros(short, *inputs.shape[1:])])
+        parts = [self._logits(part, weights) for part in torch.split(filled, self.batch)]
+        return torch.cat(parts)[: len(inputs)]
+
+    def _logits(self, inputs: Tensor, weights: Mapping[str, Tensor] | None) -> Tensor:
         return self.tensor(self.output, {self.input: inputs, **(weights or {})})
 
     def weights(self) -> dict[str, Tensor]:

@@ -235,10 +235,12 @@ def _matmul_integer(operands: Values, _: Attributes) -> Tensor:
 
 
 def _cast(operands: Values, attributes: Attributes) -> Tensor:
-    # Codes of integer operators travel as floats here, so a cast among numbers is left out.
     kind = CASTS[attributes["to"]]
     data: Tensor = operands[0]
-    return data if data.is_floating_point() and kind is not torch.bool else data.to(kind)
+    if not data.is_floating_point() or kind is torch.bool:
+        return data.to(kind)
+    # Codes of integer operators travel as floats here: a cast to integers cuts off, and passes gradients.
+    return data if kind.is_floating_point else data + (data.trunc() - data).detach()
 
 
 def _simple(run: Callable[..., Tensor]) -> Operator:
