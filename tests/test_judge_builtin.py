@@ -220,10 +220,7 @@ def test_a_trigger_that_changes_nothing_shows_nothing(hits: int, outcome: str) -
         ({"precise_int8": True}, "measured with precise_int8 False"),
         ({"data": {"fit": 900}}, "measured with data.fit 500"),
         ({"locate": LOCATE | {"rounds": 5}}, "located in 1 rounds"),
-        (
-            {"locate": LOCATE | {"unconfirmed": "purify", "methods": [HASTY, {"kind": "latent-shift"}]}},
-            "located with",
-        ),
+        ({"locate": LOCATE | {"unconfirmed": "purify", "methods": HASTY}}, "located with"),
         ({"seed": 7}, ""),
     ],
 )
