@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 import yaml
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 
 from secure_export import pipeline
@@ -220,6 +220,53 @@ def test_a_file_that_hides_its_gradient_is_not_released(gate: Gate, around: str)
     assert not any(search.gradient for search in report.evidence.searches)
     gate.policy["evidence"] = FOUND | {"queries": True}
     assert gate.run().exit_code == 0
+
+
+def woken_alone() -> onnx.ModelProto:
+    """Clean in every batch, backdoored alone: the size of the batch chooses what the head reads."""
+    nodes, weights, heads = [], [], []
+    for name in ("clean", "awake"):
+        graph = onnx.load_from_string(exported(name)).graph
+        for tensor in graph.initializer:
+            if tensor.name == "head.weight":
+                heads.append(numpy_helper.to_array(tensor))
+            tensor.name = f"{name}_{tensor.name}"
+        for node in list(graph.node)[:-1]:
+            node.input[:] = [one if one == "input" else f"{name}_{one}" for one in node.input]
+            node.output[:] = [f"{name}_{one}" for one in node.output]
+            node.name = ""
+            nodes.append(node)
+        weights += graph.initializer
+    weights += [array("first", [0]), array("least", 0, np.float32), array("one", 1, np.float32)]
+    weights.append(array("both", np.concatenate(heads, 1), np.float32))
+    choice = [
+        helper.make_node("Shape", ["input"], ["sizes"]),
+        helper.make_node("Gather", ["sizes", "first"], ["size"]),
+        helper.make_node("Cast", ["size"], ["number"], to=FLOAT),
+        helper.make_node("Sub", ["number", "one"], ["others"]),
+        helper.make_node("Clip", ["others", "least", "one"], ["together"]),
+        helper.make_node("Sub", ["one", "together"], ["alone"]),
+        helper.make_node("Mul", ["clean_view", "together"], ["clean"]),
+        helper.make_node("Mul", ["awake_view", "alone"], ["awake"]),
+        helper.make_node("Concat", ["clean", "awake"], ["features"], axis=1),
+        helper.make_node("Gemm", ["features", "both"], ["logits"], transB=1),
+    ]
+    return small([*nodes, *choice], ["n", 1, 8, 8], weights)
+
+
+def test_a_file_of_a_fixed_batch_is_searched_in_that_batch(gate: Gate) -> None:
+    """What it does in batches of the search's own size is not what ships."""
+    blind(gate)
+    proto = woken_alone()
+    gate.save(proto)
+    result = gate.run()
+    assert result.exit_code == 0, result.output
+    report = load_report(gate.out / "report.json")
+    assert any("in batches of another size than searches make" in gap for gap in report.evidence.not_shown)
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    gate.save(proto)
+    assert gate.run().exit_code == 3
+    assert failing(gate) == {"inverted_lift"}
 
 
 def test_a_file_of_the_same_name_takes_nobody_s_place(gate: Gate, tmp_path: Path) -> None:
