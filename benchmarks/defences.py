@@ -16,14 +16,13 @@ from typing import Any
 
 import click
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
-from benchmarks import cards, datasets, generated, networks, settings, stored
+from benchmarks import cards, datasets, generated, settings, stored
+from benchmarks.benches import stratified
 from benchmarks.entries import ZOO
 from benchmarks.measuring import counts
 from benchmarks.purified import Shelf
-from benchmarks.purify_trials import stratified
 from secure_export import digests, registry
 from secure_export.environment import versions
 from secure_export.purifiers import Purifier
@@ -110,7 +109,7 @@ def trial(
 ) -> dict[str, Any]:
     """One purifier on one model: what it was given, what is left, what it cost."""
     about = cards.read(card)
-    model: nn.Module = load(card.with_suffix(".safetensors"), about)
+    model: nn.Module = cards.network(about, card.with_suffix(".safetensors"))
     target = about["target_class"]
     began = (time.monotonic(), time.process_time())
     if recipe["kind"] != "none":
@@ -118,7 +117,7 @@ def trial(
         model = purifier.purify(model, HEAD, target, fit, seed=seed).model
     cost = (time.monotonic() - began[0], time.process_time() - began[1])
     if recipe["kind"] != "none":
-        shelf.keep(model, load(card.with_suffix(".safetensors"), about), target, recipe, fit, seed)
+        shelf.keep(model, cards.network(about, card.with_suffix(".safetensors")), target, recipe, fit, seed)
         recipe = {"kind": purifier.kind, **purifier.model_dump(mode="json")}
     return {
         "model": about["name"],
@@ -135,13 +134,6 @@ def trial(
         "cpu_seconds": round(cost[1], 1),
         "versions": dict(versions()),
     }
-
-
-def load(path: Path, about: Mapping[str, Any]) -> networks.Normalized:
-    """The zoo model that a card is about, over inputs in [0, 1], eval mode."""
-    network = networks.named(about["architecture"].partition(":")[2], len(about["classes"]))
-    network.load_state_dict(load_file(path))
-    return networks.Normalized(network, len(about["mean"])).eval()
 
 
 def wanted(about: Mapping[str, Any]) -> tuple[str, ...]:

@@ -18,22 +18,18 @@ import click
 import torch
 
 from benchmarks import cards, datasets, sources, stored
-from benchmarks.defences import load
-from benchmarks.purify_trials import stratified
-from secure_export import digests, heads, registry
+from benchmarks.benches import bench_of
+from secure_export import digests, heads
 from secure_export.environment import versions
 from secure_export.errors import CompressError
 from secure_export.evidence import cold_searches, work_of
 from secure_export.evidence.files import opened
 from secure_export.evidence.rounding import reading
 from secure_export.lane import Bench, Lined, at_the_head, through_settings, unrounded
-from secure_export.ledger import Ledger
 from secure_export.policy import EvidenceSpec, Setting
 from secure_export.records.measured import SettingResult
-from secure_export.records.memory import Split, Splits, silent
 from secure_export.records.searches import Rounding, Search
 from secure_export.report._evidence import best_of
-from secure_export.triggers import Trigger
 
 SETTINGS: Mapping[str, tuple[dict[str, Any], ...]] = {
     "fp32": (),
@@ -49,26 +45,6 @@ SETTINGS: Mapping[str, tuple[dict[str, Any], ...]] = {
 LIMITS = [{"metric": "inverted_lift", "at_most": 0.5}]
 
 
-def bench_of(card: Any, data: datasets.Images, folder: Path, n: int) -> Bench:
-    """500 fit samples of the training split, the first `n` test images as holdout, the card's trigger."""
-    kind = card["trigger"]
-    fit, _ = stratified(data.train_x, data.train_y, 500, 0)
-    x, y = data.test_x[:n], data.test_y[:n]
-    splits = Splits(fit, fit, Split(x, y, digests.of_arrays(x.numpy(), y.numpy())), ())
-    folder.mkdir(parents=True, exist_ok=True)
-    return Bench(
-        folder=folder,
-        ledger=Ledger(folder / "ledger", versions()),
-        splits=splits,
-        triggers={"true": registry.build(Trigger, "triggers", kind)} if kind else {},
-        trigger_digests={"true": digests.of_json(kind)},
-        seed=0,
-        progress=silent,
-        # As many as the searches have; left alone it would take every core for the passes beside them.
-        runtime={"onnxruntime": {"intra_op_threads": torch.get_num_threads()}},
-    )
-
-
 def one(
     path: Path,
     names: Sequence[str],
@@ -81,7 +57,7 @@ def one(
     """Searches, rounding and truth of one model, by setting."""
     card = cards.read(path.with_suffix(".json"))
     bench = bench_of(card, data, folder, n)
-    model = load(path, card)
+    model = cards.network(card, path)
     head, _ = heads.find(model, tuple(data.test_x.shape[1:]))
     lined = at_the_head(model, head, "original", digests.of_file(path), bench)
     settings = [Setting(name, SETTINGS[name], {"kind": "onnx"}, False) for name in names]

@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 from benchmarks import cards, datasets, stored
-from benchmarks.defences import HEAD, RECIPES, load
-from benchmarks.evidence import LIMITS, SETTINGS, bench_of
+from benchmarks.benches import bench_of
+from benchmarks.defences import HEAD, RECIPES
+from benchmarks.evidence import LIMITS, SETTINGS
 from benchmarks.purified import Shelf
 from secure_export import digests
 from secure_export.environment import versions
@@ -183,13 +184,15 @@ def main(**o: Any) -> None:
     if o["toward"]:
         wanted = [one | {"toward": o["toward"]} for one in wanted]
     wanted += [json.loads(recipe) for recipe in o["recipes"]]
-    clean_ones = [(path, load(path, cards.read(path.with_suffix(".json")))) for path in o["references"]]
+    clean_ones = [
+        (path, cards.network(cards.read(path.with_suffix(".json")), path)) for path in o["references"]
+    ]
     for path in o["models"]:
         card = cards.read(path.with_suffix(".json"))
         rows = stored.read(o["out"])["models"].get(path.stem, [])
         repairs = [one for one in wanted if not any(made_already(row, one, o["warm"]) for row in rows)]
         bench = bench_of(card, data, o["folder"] / f"{path.parent.name}-{path.stem}", o["samples"])
-        work, model = work_of(spec, len(card["classes"]), bench), load(path, card)
+        work, model = work_of(spec, len(card["classes"]), bench), cards.network(card, path)
         original = at_the_head(model, HEAD, "original", digests.of_file(path), bench)
         searches = cold_searches(through_settings(original, settings, bench), work) if repairs else []
         known = {kind: best_known(searches, probe, work) for kind, probe in work.probes.items()}
@@ -198,7 +201,7 @@ def main(**o: Any) -> None:
             for path, network in (clean_ones if repairs else ())
             for lined in [at_the_head(network, HEAD, "original", digests.of_file(path), bench)]
         ]
-        clean = load(o["clean"], cards.read(o["clean"].with_suffix(".json"))) if o["clean"] else None
+        clean = cards.network(cards.read(o["clean"].with_suffix(".json")), o["clean"]) if o["clean"] else None
         for repair, network in repaired(
             model, card["target_class"], clean, repairs, bench, Shelf(o["kept"], HEAD)
         ):

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import cards, sources, stored
-from benchmarks.defences import load
-from benchmarks.evidence import bench_of
+from benchmarks.benches import bench_of
 from secure_export.environment import versions
 from secure_export.forgetting import JUDGES, forgotten, references
 from secure_export.lane import Bench
@@ -58,7 +57,7 @@ def main(
     data = sources.named(dataset, cache, None)
     for path in models:
         card = cards.read(path.with_suffix(".json"))
-        bench, model = bench_of(card, data, folder, SAMPLES), load(path, card).eval()
+        bench, model = bench_of(card, data, folder, SAMPLES), cards.network(card, path).eval()
         fit = bench.splits.fit
         made = [forgotten(model, fit, noise=noise, steps=steps, seed=seed) for seed in SEEDS]
         others = references(model, made, fit, least=0)

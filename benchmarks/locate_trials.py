@@ -20,8 +20,7 @@ import click
 import torch
 
 from benchmarks import cards, datasets, sources, stored
-from benchmarks.evidence import bench_of
-from benchmarks.purify_trials import stratified
+from benchmarks.benches import bench_of, stratified
 from secure_export import defence, digests, heads, loading, registry
 from secure_export.environment import versions
 from secure_export.lane import Bench, Lined, at_the_head, through_settings

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks import datasets, networks
+from benchmarks.benches import stratified
 from secure_export import registry
 from secure_export.purifiers import Purifier, _inversion, _views
 from secure_export.purifiers._inversion import Triggers
@@ -56,20 +57,6 @@ def load(path: Path) -> Raw:
     model = Raw()
     model.net.load_state_dict(load_file(path))
     return model.eval().to(memory_format=torch.channels_last)
-
-
-def stratified(x: Tensor, y: Tensor, size: int, seed: int) -> tuple[Split, Split]:
-    """Two disjoint samples of `size`, the same number of every class."""
-    generator = torch.Generator().manual_seed(seed)
-    each = size // int(y.max() + 1)
-    first, second = [], []
-    for label in torch.unique(y):
-        members = (y == label).nonzero().squeeze(1)
-        members = members[torch.randperm(len(members), generator=generator)[: 2 * each]]
-        first.append(members[:each])
-        second.append(members[each:])
-    fit, calibration = (torch.cat(part) for part in (first, second))
-    return Split(x[fit], y[fit], "fit"), Split(x[calibration], y[calibration], "calibration")
 
 
 @torch.no_grad()

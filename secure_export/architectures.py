@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from secure_export.errors import LoadError
-from secure_export.factories import described, imported, local_code
+from secure_export.factories import imported, local_code
+from secure_export.words import described
 
 
 def build(architecture: str, classes: int | None, input_shape: tuple[int, ...]) -> nn.Module:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from secure_export.errors import LoadError
-from secure_export.factories import described, printable
+from secure_export.words import described, printable
 
 WEIGHTS_ALONE = "save the weights alone: safetensors, or torch.save(model.state_dict(), ...)"
 UNREADABLE = (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, zlib.error)

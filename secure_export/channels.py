@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from secure_export.errors import LoadError
-from secure_export.factories import printable
+from secure_export.words import printable
 
 KEY = "secure-export.channels"
 """In the metadata of a safetensors file; the only key, because their order is not fixed."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from secure_export.archives import WEIGHTS_ALONE, Archive, opcodes, opened, unpickled
 from secure_export.errors import LoadError
-from secure_export.factories import described, printable
+from secure_export.words import described, printable
 
 State = dict[str, Tensor]
 

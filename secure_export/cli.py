@@ -14,7 +14,6 @@ import click
 
 from secure_export import __version__
 from secure_export.errors import NoVerdict, PolicyError, SecureExportError
-from secure_export.factories import LONGEST, escaped
 from secure_export.options import (
     SHIPPED_ONES,
     env,
@@ -24,6 +23,7 @@ from secure_export.options import (
     subject_options,
 )
 from secure_export.records.measured import EXIT_CODES
+from secure_export.words import LONGEST, escaped
 
 EPILOG = """\b
 Exit codes:

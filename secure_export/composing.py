@@ -8,7 +8,6 @@ from pathlib import Path
 
 from secure_export import __version__, defence
 from secure_export.evidence import Gathered
-from secure_export.factories import printable
 from secure_export.lane import Bench, environment
 from secure_export.policy import Policy
 from secure_export.records.measured import Cost, SettingResult, Suspect, Verdict
@@ -22,6 +21,7 @@ from secure_export.records.reported import (
     SubjectInfo,
 )
 from secure_export.report.schema import SCHEMA
+from secure_export.words import printable
 
 UNSEARCHED = "that no trigger exists: only the triggers listed above were applied"
 SEARCHED = (

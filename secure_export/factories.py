@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from secure_export.errors import NoVerdict, SecureExportError
+from secure_export.words import described
 
-LONGEST = 200
 SPEC = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
@@ -50,20 +50,3 @@ def local_code(what: str, error: type[NoVerdict]) -> Iterator[None]:
     finally:
         if added and here in sys.path:
             sys.path.remove(here)
-
-
-def described(cause: BaseException) -> str:
-    """Type and first line of an exception, for a message of one line."""
-    lines = str(cause).strip().splitlines()
-    return f"{type(cause).__name__}: {printable(lines[0])}" if lines else type(cause).__name__
-
-
-def printable(text: str) -> str:
-    """`text` on one line without control characters, cut where it is long, for a message."""
-    safe = escaped(text)
-    return safe if len(safe) <= LONGEST else safe[:LONGEST] + "..."
-
-
-def escaped(text: str, keep: str = "") -> str:
-    """`text` without control characters, so that no name in a file can steer a terminal or a log."""
-    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)

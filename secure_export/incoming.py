@@ -18,7 +18,6 @@ import torch
 
 from secure_export import digests, lane, loading, onnx_files
 from secure_export.errors import CompressError, LoadError
-from secure_export.factories import printable
 from secure_export.lane import Bench
 from secure_export.measure import Reference, logits_of
 from secure_export.policy.schema import ARTIFACT, Policy, SubjectSpec
@@ -27,6 +26,7 @@ from secure_export.records.memory import Predictor
 from secure_export.records.reported import SubjectInfo
 from secure_export.runtimes import Options, _worker, runtime
 from secure_export.runtimes.torch_eager import from_module
+from secure_export.words import printable
 
 if TYPE_CHECKING:
     from onnx import ModelProto

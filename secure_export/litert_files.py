@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from secure_export.errors import CompressError
-from secure_export.factories import printable
 from secure_export.quiet import quiet, silent_stderr
+from secure_export.words import first_line, printable
 
 MAGIC = b"TFL3"
 """At byte 4 of every .tflite file."""
@@ -46,7 +46,7 @@ def interpreter(content: bytes, file: str, *, threads: int = 1, every_value: boo
             )
             made.allocate_tensors()
     except (RuntimeError, ValueError) as error:
-        reason = printable(str(error).strip().partition("\n")[0])
+        reason = printable(first_line(error))
         raise CompressError(f"LiteRT cannot open {file}: {reason}") from error
     inputs, outputs = made.get_input_details(), made.get_output_details()
     if len(inputs) != 1 or len(outputs) != 1:

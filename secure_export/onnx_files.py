@@ -15,7 +15,7 @@ from google.protobuf.descriptor import Descriptor  # type: ignore[import-untyped
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from secure_export.errors import LoadError
-from secure_export.factories import printable
+from secure_export.words import printable
 
 LARGEST = 2**31 - 1
 """Bytes that one protobuf message can hold."""

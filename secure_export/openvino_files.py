@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secure_export.errors import CompressError
+from secure_export.words import first_line
 
 if TYPE_CHECKING:
     import openvino
@@ -50,6 +51,6 @@ def unpacked(path: Path) -> openvino.Model:
     except OSError as error:
         raise CompressError(f"cannot read {path.name}: {error.strerror or error}") from error
     except (zipfile.BadZipFile, KeyError, RuntimeError, ValueError, EOFError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise CompressError(f"{path.name} is no OpenVINO model: {reason}") from error
     return found

@@ -18,8 +18,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from secure_export.errors import DataError
-from secure_export.factories import described, imported, local_code
+from secure_export.factories import imported, local_code
 from secure_export.records.memory import Progress, silent
+from secure_export.words import described
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 DECODERS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")

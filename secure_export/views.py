@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from secure_export.errors import CompressError
 from secure_export.records.memory import Split, View
+from secure_export.words import first_line
 
 BATCH_SIZE = 256
 TRIED = 16
@@ -33,7 +34,7 @@ def gradients(of: str) -> Iterator[None]:
     try:
         yield
     except (NotImplementedError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise CompressError(f"{of}, and the twin gives no gradient: {reason}") from error
 
 

@@ -14,6 +14,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from secure_export.errors import CompressError
 from secure_export.quiet import quiet
 from secure_export.records.measured import Change
+from secure_export.words import first_line
 
 QUANTIZER_ERRORS = (
     ort.Fail,
@@ -61,7 +62,7 @@ def quantized(
             result = onnx.load(written)
             content = result.SerializeToString(deterministic=True)
         except QUANTIZER_ERRORS as error:
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = first_line(error)
             raise CompressError(f"{kind}: cannot quantize {source.name}: {reason}") from error
     count = count or integer_weights
     after, total = count(result)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from secure_export.compressors._torchao import TORCHAO_ERRORS, first_line
+from secure_export.compressors._torchao import TORCHAO_ERRORS
 from secure_export.errors import CompressError
 from secure_export.quiet import quiet
 from secure_export.records.measured import Change
 from secure_export.records.memory import Split
+from secure_export.words import first_line
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule

@@ -10,6 +10,7 @@ from torch import nn
 from secure_export.errors import CompressError
 from secure_export.quiet import quiet
 from secure_export.records.measured import Change
+from secure_export.words import first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,8 +43,3 @@ def quantize_linears(kind: str, model: nn.Module, config: Callable[[], Any], det
 def is_quantized(weight: Tensor) -> bool:
     """Whether torchao put its own tensor type in the parameter's place."""
     return type(weight).__module__.startswith("torchao")
-
-
-def first_line(error: BaseException) -> str:
-    """The reason without the traceback that libraries append."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -13,6 +13,7 @@ from secure_export.litert_files import interpreter
 from secure_export.quiet import quiet, silent_stderr
 from secure_export.records.measured import Change
 from secure_export.records.memory import Split
+from secure_export.words import first_line
 
 WEIGHTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "BATCH_MATMUL")
 RECIPES = {"static": "static_wi8_ai8", "dynamic": "dynamic_wi8_afp32", "float": "weight_only_wi8_afp32"}
@@ -51,7 +52,7 @@ class LitertInt8(FileStep):
                 f"{self.kind}: cannot quantize {source.name}: {error.strerror or error}"
             ) from error
         except (CompressError, RuntimeError, ValueError, LookupError, TypeError) as error:
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = first_line(error)
             raise CompressError(f"{self.kind}: cannot quantize {source.name}: {reason}") from error
         if not changed:
             raise CompressError(f"{self.kind}: cannot quantize {source.name}: no layer was changed")

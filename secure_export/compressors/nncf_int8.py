@@ -12,6 +12,7 @@ from secure_export.errors import CompressError
 from secure_export.openvino_files import packed, unpacked
 from secure_export.quiet import quiet
 from secure_export.records.measured import Change
+from secure_export.words import first_line
 
 WEIGHTED = ("Convolution", "GroupConvolution", "MatMul")
 
@@ -58,7 +59,7 @@ class NncfInt8(FileStep):
                 )
                 content = packed(model)
         except (CompressError, RuntimeError, ValueError, AttributeError) as error:
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
             raise CompressError(f"{self.kind}: cannot quantize {source.name}: {reason}") from error
         layers = [node for node in model.get_ops() if node.get_type_name() in WEIGHTED]
         changed = sum(node.input_value(0).get_node().get_type_name() == "FakeQuantize" for node in layers)

@@ -15,6 +15,7 @@ from secure_export.compressors import Context, ModuleStep
 from secure_export.compressors._layers import recalibrate_batchnorm, weighted_layers
 from secure_export.errors import CompressError, LoadError
 from secure_export.records.measured import Change
+from secure_export.words import first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,7 +101,7 @@ def prune(
             made = pruner(model, head, example, ratio, importance, global_pruning)
             made.step()
     except UNFOLLOWABLE as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise CompressError(f"prune-structured: torch-pruning cannot follow this model: {reason}") from error
     channels.mend_attentions(model)
     found: History = made.pruning_history()
@@ -161,7 +162,7 @@ def check(model: nn.Module, example: Tensor, classes: int) -> None:
     try:
         logits = model(example)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise CompressError(
             f"prune-structured: the pruned model does not run: {reason}",
             hint="prune-channel-mask works on every convolutional network",

@@ -20,10 +20,10 @@ from torch import Tensor
 from secure_export import twins
 from secure_export.counting import judged_on
 from secure_export.errors import CompressError
-from secure_export.factories import printable
 from secure_export.records.measured import Lane
 from secure_export.records.memory import Split
 from secure_export.records.searches import Rounding
+from secure_export.words import printable
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -10,6 +10,7 @@ import torch
 from secure_export.errors import CompressError
 from secure_export.formats import Format
 from secure_export.quiet import quiet, silent_stderr
+from secure_export.words import first_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -41,7 +42,7 @@ class Executorch(Format):
                 content = bytes(lowered.to_executorch().buffer)
         except Exception as error:
             # Broad, because every pass of the lowering raises its own; always re-raised.
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = first_line(error)
             raise CompressError(
                 f"cannot export to .pte: {reason}", hint="the model must be traceable by torch.export"
             ) from error

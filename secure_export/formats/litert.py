@@ -12,6 +12,7 @@ from secure_export.errors import CompressError
 from secure_export.formats import Format
 from secure_export.litert_files import renamed
 from secure_export.quiet import quiet, silent_stderr
+from secure_export.words import first_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -41,7 +42,7 @@ class Litert(Format):
                 content = renamed(made.read_bytes())
         except Exception as error:
             # Broad, because torch.export, MLIR and the flatbuffer writer raise their own; always re-raised.
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = first_line(error)
             raise CompressError(
                 f"cannot export to .tflite: {reason}", hint="the model must be traceable by torch.export"
             ) from error

@@ -20,6 +20,7 @@ from pydantic import Field
 from secure_export.errors import CompressError
 from secure_export.formats import Format
 from secure_export.quiet import quiet
+from secure_export.words import first_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -193,8 +194,3 @@ def noisy(example: Tensor) -> Tensor:
     copies = example.repeat(-(-PROBES // len(example)), *[1] * (example.ndim - 1))[:PROBES]
     noise = torch.rand(copies.shape, generator=torch.Generator().manual_seed(0))
     return (copies + 0.2 * (noise - 0.5)).clamp(0, 1)
-
-
-def first_line(error: BaseException) -> str:
-    """The reason without the traceback that libraries append."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__

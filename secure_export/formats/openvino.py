@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from secure_export.errors import CompressError
 from secure_export.formats import Format
-from secure_export.formats.onnx import exported, first_line, strip
+from secure_export.formats.onnx import exported, strip
 from secure_export.openvino_files import packed
 from secure_export.quiet import quiet
+from secure_export.words import first_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -16,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 from secure_export.errors import CompressError
 from secure_export.formats import Format
 from secure_export.quiet import quiet
+from secure_export.words import first_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -54,7 +55,7 @@ def exported(model: nn.Module, example: Tensor) -> ExportedProgram:
         try:
             program = torch.export.export(model, (zeros,), dynamic_shapes=({0: Dim("batch", min=1)},))
         except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = first_line(error)
             raise CompressError(
                 f"cannot export to .pt2: {reason}",
                 hint="the model must be traceable by torch.export with a free batch axis",

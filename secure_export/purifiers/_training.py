@@ -87,6 +87,12 @@ def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
     return found
 
 
+@torch.no_grad()
+def zero_columns(head: nn.Linear | nn.Conv2d, columns: Tensor) -> None:
+    """Features `columns` of the last hidden layer, which then no class reads."""
+    head.weight[:, columns] = 0
+
+
 def epoch_record(
     model: nn.Module, fit: Split, target_class: int, phase: str, losses: Sequence[float], m1: float
 ) -> dict[str, float | str]:

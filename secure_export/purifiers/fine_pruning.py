@@ -13,7 +13,7 @@ from secure_export.purifiers import _training
 from secure_export.purifiers._work import FineTuned, Work
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 
 class FinePruning(FineTuned):
@@ -31,13 +31,13 @@ class FinePruning(FineTuned):
     def remove(self, work: Work) -> None:
         """Cut, then cross-entropy with the cut columns held at zero."""
         cut = asleep(work, self.step, self.accuracy_loss)
-        zero_columns(work.head, cut)
+        _training.zero_columns(work.head, cut)
         work.record("prune", [])
 
         self.tune(
             work,
             lambda x, y: F.cross_entropy(work.model(x), y),
-            lambda: zero_columns(work.head, cut),
+            lambda: _training.zero_columns(work.head, cut),
             phase="fine-tune",
         )
 
@@ -50,7 +50,7 @@ def asleep(work: Work, step: float, accuracy_loss: float) -> Tensor:
     order = views.latents(work.model.eval(), head, inputs).mean(0).argsort()
 
     def accuracy(columns: Tensor) -> float:
-        zero_columns(head, columns)
+        _training.zero_columns(head, columns)
         found = _training.logits_of(work.model, inputs).argmax(1)
         head.weight.copy_(weight)
         return float((found == work.fit.labels).float().mean())
@@ -63,9 +63,3 @@ def asleep(work: Work, step: float, accuracy_loss: float) -> Tensor:
             break
         kept = order[:count]
     return kept
-
-
-@torch.no_grad()
-def zero_columns(head: nn.Linear | nn.Conv2d, columns: Tensor) -> None:
-    """Features that no class reads."""
-    head.weight[:, columns] = 0

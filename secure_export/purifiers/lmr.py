@@ -91,7 +91,7 @@ class Lmr(Purifier):
                 if self.early_switch and reached <= near_random:
                     break
             cut = delta_columns(before, layer.weight.detach(), target_class, self.prune_ratio)
-            zero_columns(layer, cut)
+            _training.zero_columns(layer, cut)
             for _ in range(self.phase2_epochs):
                 epoch("phase2", F.cross_entropy, cut)
         return Purified(model.eval(), tuple(history))
@@ -135,7 +135,7 @@ class Lmr(Purifier):
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             # Momentum and weight decay move a column without gradient: zeroing after the step freezes it.
-            zero_columns(layer, frozen)
+            _training.zero_columns(layer, frozen)
             losses.append(loss.item())
         return losses
 
@@ -144,9 +144,3 @@ def delta_columns(before: Tensor, after: Tensor, target_class: int, ratio: float
     """The floor(ratio D) columns of a head [K, D, ...] with the largest |W1 - W0| in row c (eq. 9)."""
     scores = (after - before)[target_class].flatten().abs()
     return scores.topk(int(ratio * scores.numel())).indices
-
-
-@torch.no_grad()
-def zero_columns(layer: nn.Linear | nn.Conv2d, columns: Tensor) -> None:
-    """Set head columns to zero for every class."""
-    layer.weight[:, columns] = 0

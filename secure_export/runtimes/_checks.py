@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from secure_export.errors import CompressError
-from secure_export.factories import printable
+from secure_export.words import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,11 +36,6 @@ def check_head(rebuilt: Tensor, logits: Tensor, tolerance: float, file: str) -> 
     limit = tolerance * max(1.0, float(logits.abs().max()))
     if not difference <= limit:  # NaN fails too
         raise CompressError(f"head of {file}: its logits are off by {difference:.3g}, limit {limit:.3g}")
-
-
-def first_line(error: BaseException) -> str:
-    """The reason without the traceback that libraries append."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def printable_line(text: str) -> str:

@@ -14,8 +14,9 @@ from secure_export.errors import CompressError
 from secure_export.quiet import quiet, silent_stderr
 from secure_export.records.memory import Predictor, View
 from secure_export.runtimes import Runtime
-from secure_export.runtimes._checks import first_line, read
+from secure_export.runtimes._checks import read
 from secure_export.runtimes._cpu import cpu
+from secure_export.words import first_line
 
 
 class Executorch(Runtime):

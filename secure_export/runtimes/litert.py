@@ -19,8 +19,9 @@ from secure_export.litert_files import interpreter
 from secure_export.quiet import silent_stderr
 from secure_export.records.memory import Predictor, View
 from secure_export.runtimes import Runtime
-from secure_export.runtimes._checks import check_head, first_line, read
+from secure_export.runtimes._checks import check_head, read
 from secure_export.runtimes._cpu import cpu
+from secure_export.words import first_line
 
 PASSED = ("RESHAPE", "TRANSPOSE", "DEQUANTIZE", "QUANTIZE", "MEAN", "SUM")
 """What may stand between the head and the logits; a sum over more than one place does not pass the check."""

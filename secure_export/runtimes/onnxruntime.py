@@ -14,14 +14,14 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort
 from pydantic import Field
 
 from secure_export.errors import CompressError
-from secure_export.factories import printable
 from secure_export.records.memory import Predictor, View
 from secure_export.runtimes import Runtime
-from secure_export.runtimes._checks import check_head, first_line, read
+from secure_export.runtimes._checks import check_head, read
 from secure_export.runtimes._cpu import cpu
 from secure_export.runtimes._head import affine, find_head, with_parts
 from secure_export.runtimes._isolated import IsolatedSession
 from secure_export.twins import Twin
+from secure_export.words import first_line, printable
 
 if TYPE_CHECKING:
     from torch import Tensor

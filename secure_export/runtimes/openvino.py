@@ -13,8 +13,9 @@ from secure_export.errors import CompressError
 from secure_export.openvino_files import unpacked
 from secure_export.records.memory import Predictor, View
 from secure_export.runtimes import Runtime
-from secure_export.runtimes._checks import check_head, first_line
+from secure_export.runtimes._checks import check_head
 from secure_export.runtimes._cpu import cpu
+from secure_export.words import first_line
 
 if TYPE_CHECKING:
     import openvino

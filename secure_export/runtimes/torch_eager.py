@@ -16,9 +16,10 @@ from secure_export.errors import CompressError
 from secure_export.quiet import quiet
 from secure_export.records.memory import Predictor, View
 from secure_export.runtimes import Runtime
-from secure_export.runtimes._checks import check_head, first_line, read
+from secure_export.runtimes._checks import check_head, read
 from secure_export.runtimes._cpu import cpu
 from secure_export.runtimes._graph import input_shape, is_dynamic, split_at_head, unrounded
+from secure_export.words import first_line
 
 BATCH_SIZE = 256
 OURS = re.compile(

@@ -18,8 +18,8 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from secure_export.errors import CompressError
-from secure_export.factories import described, printable
 from secure_export.twins._operators import OPERATORS, one_grid, rounded
+from secure_export.words import described, first_line, printable
 
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto
@@ -130,7 +130,7 @@ class Twin(nn.Module):
         try:
             made = step.operator(operands, step.attributes)
         except RUN_ERRORS as error:
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
             raise CompressError(f"no differentiable twin of {self.file}: {step.kind}: {reason}") from error
         outputs = made if isinstance(made, tuple) else (made,)
         values.update(zip(step.makes, outputs, strict=False))
