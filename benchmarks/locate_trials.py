@@ -26,7 +26,7 @@ from secure_export.environment import versions
 from secure_export.lane import Bench, Lined, at_the_head, through_settings
 from secure_export.policy import Locate, Policy, Setting, load_policy
 from secure_export.records.measured import SettingResult, Suspect
-from secure_export.records.memory import InputSpec, Subject
+from secure_export.records.memory import Subject
 
 RESULT = Path(__file__).parent / "results" / "locate.json"
 SETTINGS = "fp32,int8,int8-per-tensor,prune@0.5,prune-mask@0.3"
@@ -138,7 +138,7 @@ def subject_of(path: Path, card: dict[str, Any], data: datasets.Images) -> Subje
     shape = tuple(data.train_x.shape[1:])
     head, classes = heads.find(model, shape)
     made = (card["sha256"], card["architecture"], loading.answers(model, shape))
-    return Subject(model, InputSpec(shape), classes, head, *made, path)
+    return Subject(model, shape, classes, head, *made, path)
 
 
 def truth(result: SettingResult, target_class: int) -> dict[str, Any]:

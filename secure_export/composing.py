@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from secure_export import __version__, defence
+from secure_export.environment import versions
 from secure_export.evidence import Gathered
-from secure_export.lane import Bench, environment
+from secure_export.lane import Bench
 from secure_export.policy import Policy
 from secure_export.records.measured import Cost, SettingResult, Suspect, Verdict
 from secure_export.records.memory import Splits, Subject
@@ -21,6 +22,7 @@ from secure_export.records.reported import (
     SubjectInfo,
 )
 from secure_export.report.schema import SCHEMA
+from secure_export.runtimes import runtime
 from secure_export.words import printable
 
 UNSEARCHED = "that no trigger exists: only the triggers listed above were applied"
@@ -46,7 +48,7 @@ def described(subject: Subject, splits: Splits) -> SubjectInfo:
         classes=subject.classes,
         class_names=splits.class_names,
         head=subject.head,
-        input_shape=subject.input_spec.shape,
+        input_shape=subject.input_shape,
         parameters=sum(parameter.numel() for parameter in subject.model.parameters()),
     )
 
@@ -90,7 +92,7 @@ def compose(
         settings=settings,
         evidence=_evidence(policy, gathered, further),
         disagreements=defence.disagreements(suspects, policy.expanded_settings()),
-        environment=environment(originals, bench),
+        environment=_environment(originals, bench),
         timings=timings,
         overrides=policy.overrides,
         costs=tuple(costs),
@@ -118,3 +120,12 @@ def _named(result: SettingResult) -> SettingResult:
         return result
     path = Path(result.artifact.path.parent.name, result.artifact.path.name)
     return replace(result, artifact=replace(result.artifact, path=path))
+
+
+def _environment(results: Sequence[SettingResult], bench: Bench) -> Mapping[str, str]:
+    """Versions, and for each runtime that measured a file its own options."""
+    found = dict(versions())
+    for kind in sorted({r.artifact.runtime for r in results if r.artifact is not None}):
+        opened = runtime(kind, bench.runtime)
+        found |= {f"{kind}.{name}": value for name, value in opened.environment().items()}
+    return found

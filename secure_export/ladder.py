@@ -170,7 +170,7 @@ def report(
         policy_sha256="",
         policy_text="",
         verdict=Verdict("no_verdict", ()),
-        subject=SubjectInfo("", "", "", subject.classes, (), subject.head, subject.input_spec.shape, 0),
+        subject=SubjectInfo("", "", "", subject.classes, (), subject.head, subject.input_shape, 0),
         splits={},
         suspects=(),
         purification=purification,

@@ -11,16 +11,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from secure_export import costs, digests, registry
 from secure_export.compressors import Compressor, Context, FileStep, ModuleStep
-from secure_export.environment import versions
 from secure_export.errors import CompressError, NoVerdict
 from secure_export.formats import Format
 from secure_export.ledger import Ledger
 from secure_export.measure import Reference, logits_of, measure
-from secure_export.policy import schema
+from secure_export.policy import Setting
 from secure_export.purifiers import Purifier, class_after_class
 from secure_export.records.measured import (
     Artifact,
@@ -43,17 +42,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class Setting(Protocol):
-    """A named chain of steps and the format it ends in, as the policy spells it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def steps(self) -> Sequence[Mapping[str, Any]]: ...
-    @property
-    def format(self) -> Mapping[str, Any]: ...
-
-
 @dataclass(frozen=True)
 class Written:
     """The file after the module steps, before the file steps; settings with the same beginning share it."""
@@ -67,7 +55,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Bench:
-    """What is the same for both lanes."""
+    """Work folder, ledger, splits, triggers and seed, which both lanes share."""
 
     folder: Path
     ledger: Ledger
@@ -208,7 +196,7 @@ def beside_full_precision(
     lined: Lined, results: Sequence[SettingResult], shipped: Sequence[str], bench: Bench
 ) -> list[Artifact]:
     """Full precision as ONNX and the shipped files; none where there is nothing to compare them with."""
-    baseline = schema.Setting("fp32 ONNX", (), {"kind": "onnx"}, released=False)
+    baseline = Setting("fp32 ONNX", (), {"kind": "onnx"}, released=False)
     try:
         first = make(lined, baseline, bench)
     except NoVerdict:
@@ -224,15 +212,6 @@ def unrounded(lined: Lined, setting: Setting, bench: Bench) -> Path | None:
         return None
     form = registry.build(Format, "formats", setting.format)
     return _written(lined, setting, module_steps, form, bench).path
-
-
-def environment(results: Sequence[SettingResult], bench: Bench) -> Mapping[str, str]:
-    """Versions, and for each runtime that measured a file its own options."""
-    found = dict(versions())
-    for kind in sorted({r.artifact.runtime for r in results if r.artifact is not None}):
-        runtime = runtime_of(kind, bench.runtime)
-        found |= {f"{kind}.{name}": value for name, value in runtime.environment().items()}
-    return found
 
 
 def measured(lane: Lane, reference: Reference, artifact: Artifact, bench: Bench) -> Measurement:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from secure_export import architectures, channels, checkpoints, digests, heads
 from secure_export.errors import LoadError, PolicyError
 from secure_export.policy import SubjectSpec
-from secure_export.records.memory import InputSpec, Subject
+from secure_export.records.memory import Subject
 
 SHOWN = 5
 """Names that a message lists before it counts the rest."""
@@ -137,7 +137,7 @@ def from_bytes(
         raise LoadError(f"the model has {outputs} outputs, expected {classes} classes")
     return Subject(
         model=model,
-        input_spec=InputSpec(input_shape),
+        input_shape=input_shape,
         classes=outputs,
         head=name,
         sha256=sha256,

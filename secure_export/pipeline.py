@@ -142,7 +142,7 @@ def options(policy: Policy, subject: Subject) -> Options:
     """How files are opened: those that hold weights alone into the subject's architecture."""
     wanted = policy.subject
     moments = {"mean": wanted.mean, "std": wanted.std} if wanted.mean and wanted.std else {}
-    shape = {"input_shape": subject.input_spec.shape, "classes": subject.classes, "head": wanted.head}
+    shape = {"input_shape": subject.input_shape, "classes": subject.classes, "head": wanted.head}
     return {
         "safetensors": {"architecture": subject.architecture, **shape, **moments},
         "onnxruntime": {"precise": policy.precise_int8},

@@ -49,7 +49,9 @@ def needed(holds: Callable[[int], bool], start: int) -> int | None:
 
 
 def conformal_p(rows: Sequence[Sequence[float]]) -> tuple[float, int]:
-    """(p, class) of the last of N + 1 rows, one score per class and model, the first N of clean models.
+    """Conformal p-value of the last row against the N of clean models, and the class that stands out.
+
+    `rows` is [N + 1][classes]: one score per class and model.
 
     A model's score is its largest excess over the median of all other models, class by class, for some
     classes are easier to reach than others. If the last model is clean too, all rows are exchangeable, so

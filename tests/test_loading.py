@@ -154,7 +154,7 @@ def test_safetensors_becomes_the_subject(model: Small, tmp_path: Path) -> None:
     path = saved(model, tmp_path / "m.safetensors")
     subject = loaded(path)
     assert same(subject, model)
-    assert (subject.classes, subject.head, subject.input_spec.shape) == (7, "readout", SHAPE)
+    assert (subject.classes, subject.head, subject.input_shape) == (7, "readout", SHAPE)
     assert subject.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert not subject.model.training
     assert all(parameter.requires_grad for parameter in subject.model.parameters())

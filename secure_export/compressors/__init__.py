@@ -27,7 +27,7 @@ class Context:
     seed: int
     progress: Progress = silent
     purify: Callable[[nn.Module], nn.Module] | None = None
-    """What was done to the full-precision model of this lane, for a network made from it; None: nothing."""
+    """Repeats this lane's purification on a compressed model; None where nothing was purified."""
 
 
 class Compressor(Plugin):

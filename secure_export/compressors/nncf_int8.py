@@ -18,7 +18,7 @@ WEIGHTED = ("Convolution", "GroupConvolution", "MatMul")
 
 
 class NncfInt8(FileStep):
-    """Weights symmetric per output channel; `mixed` leaves activations unsymmetric, as suits ViTs less."""
+    """Weights are symmetric, per output channel; activations as `preset` says."""
 
     libraries: ClassVar[tuple[str, ...]] = ("openvino", "nncf")
     extra: ClassVar[str] = "openvino"

@@ -315,5 +315,5 @@ class EvidenceSpec(Section):
 
     @property
     def compared_again(self) -> bool:
-        """Whether clean references are asked for what known triggers do to them."""
+        """Whether a replay or warm rule reads `excess`: known triggers are tried on the references too."""
         return any(rule.reading == "excess" and rule.mode in ("replay", "warm") for rule in self.rules)

@@ -27,18 +27,12 @@ def silent(what: str, done: int, total: int) -> None:
 
 
 @dataclass(frozen=True)
-class InputSpec:
-    """The raw input space that data, triggers, files and runtimes share: [0, 1], without the batch axis."""
-
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Subject:
     """The model under test: eval mode, normalization inside, raw inputs to logits."""
 
     model: nn.Module
-    input_spec: InputSpec
+    input_shape: tuple[int, ...]
+    """Of one raw input in [0, 1], without the batch axis: data, triggers, files and runtimes share it."""
     classes: int
     head: str
     """Qualified name, inside `model`, of the Linear or 1x1 Conv2d that produces the logits."""
