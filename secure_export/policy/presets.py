@@ -10,6 +10,7 @@ FAST: tuple[Mapping[str, Any], ...] = (
     {"kind": "l2", "steps": 90, "images": 4, "finalists": 0.4},
     {"kind": "warp", "steps": 40, "images": 6, "finalists": 0.4},
 )
+CONTRAST: Mapping[str, Any] = {"steps": 60, "starts": 3, "finalists": 0.4}
 PRESETS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "fast": FAST,
     "wide": (
@@ -28,8 +29,14 @@ PRESETS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
         {"kind": "filter", "steps": 100, "images": 12},
     ),
     "contrast": (
-        {"kind": "patch", "contrast": True, "area": 0.036, "steps": 60, "starts": 3, "finalists": 0.4},
-        {"kind": "l2", "contrast": True, "rms": 0.027, "steps": 60, "starts": 3, "finalists": 0.4},
-        {"kind": "wave", "contrast": True, "scan": 256, "steps": 60, "starts": 3, "finalists": 0.4},
+        {"kind": "patch", "contrast": True, "area": 0.012, **CONTRAST},
+        {"kind": "l2", "contrast": True, "rms": 0.018, **CONTRAST},
+        {"kind": "wave", "contrast": True, "amplitude": 0.07, "scan": 256, **CONTRAST},
+    ),
+    # Natural triggers grow faster with the size than planted ones (docs/evidence-measured.md#contrast).
+    "contrast-large": (
+        {"kind": "patch", "contrast": True, "area": 0.036, **CONTRAST},
+        {"kind": "l2", "contrast": True, "rms": 0.027, **CONTRAST},
+        {"kind": "wave", "contrast": True, "scan": 256, **CONTRAST},
     ),
 }
