@@ -161,7 +161,9 @@ def test_full_disk(gate: Gate) -> None:
     assert gate.run().exit_code == 0
 
 
-@pytest.mark.parametrize(("module", "stage"), [(incoming, "tried"), (lane, "measure"), (pipeline, "judge")])
+@pytest.mark.parametrize(
+    ("module", "stage"), [(incoming, "count_classes"), (lane, "measure"), (pipeline, "judge")]
+)
 def test_killed_and_run_again(gate: Gate, module: Any, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a kill -9 leaves it: whatever lies in the run directory then, the same command goes on."""
 

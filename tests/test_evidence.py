@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from secure_export import digests, lane
-from secure_export.errors import PolicyError
+from secure_export.errors import IntegrityError, PolicyError
 from secure_export.evidence import one
 from secure_export.evidence.one import best_known
 from secure_export.forgetting import LEAST_RELEARNED, References
@@ -116,8 +116,9 @@ def test_what_was_evident_is_tried_again_first_and_each_class_before_a_second_of
 
     def search(setting: str, *hits: int) -> Search:
         """One trigger a class, and how many of 100 fit samples each carries."""
-        sha256 = digests.of_json(setting)
-        save_file({"0": torch.zeros(len(hits), 1)}, tmp_path / f"search-{sha256[:16]}.safetensors")
+        free = torch.full((len(hits), 1), float(len(setting)))
+        sha256 = digests.of_arrays(free.numpy())
+        save_file({"0": free}, tmp_path / f"search-{sha256[:16]}.safetensors")
         found = tuple(FoundTrigger(c, Paired(n, 0, 100)) for c, n in enumerate(hits))
         return Search(
             "original", setting, "patch", "cold", "", (), True, None, 1, 1, 1, 1.0, sha256, found
@@ -132,6 +133,9 @@ def test_what_was_evident_is_tried_again_first_and_each_class_before_a_second_of
     assert tried({("int8", 2)}) == [("int8", 2), ("fp32", 0), ("int8", 0)]
     several = {("fp32", 0), ("int8", 0), ("int8", 1), ("fp32", 2), ("int8", 2)}
     assert tried(several) == [("fp32", 0), ("int8", 1), ("int8", 2)]
+    save_file({"0": torch.zeros(3, 1)}, next(tmp_path.glob("search-*")))
+    with pytest.raises(IntegrityError, match="damaged"):
+        tried(set())
 
 
 def test_evidence_and_locator_make_their_references_alike() -> None:
