@@ -58,14 +58,14 @@ def check_gradient(
     lower = []
     for target in range(0, classes, max(1, classes // TRIED_CLASSES))[:TRIED_CLASSES]:
         others = before.argmax(1) != target
+        if not bool(others.any()):
+            continue
         wanted = torch.full((int(others.sum()),), target)
         probed = some[others].requires_grad_(True)
         with gradients(of):
             (slope,) = torch.autograd.grad(cross_entropy(twin(probed), wanted, reduction="sum"), probed)
         if not bool(slope.isfinite().all()):
             raise CompressError(f"{of}, and the twin gives a gradient that is not finite")
-        if not len(wanted):
-            continue
         length = slope.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, *(1 for _ in slope.shape[1:]))
         with torch.no_grad():
             after = logits((some[others] - STEP * slope[0].numel() ** 0.5 * slope / length).clamp(0, 1))
