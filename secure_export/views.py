@@ -21,7 +21,7 @@ TRIED_CLASSES = 4
 STEP = 0.018
 """Root mean square of such a move, in units of the input range: what an additive search may change."""
 DOWNHILL = 0.75
-"""Least share of the moves that have to lower the file's own loss; .91 to 1 on the zoo's files."""
+"""Least share of the moves that have to lower the file's own loss."""
 
 
 @contextmanager

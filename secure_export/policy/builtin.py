@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from secure_export.policy.evidence import EvidenceSpec
-from secure_export.policy.schema import Policy, Setting
+from secure_export.policy.schema import DataSpec, Locate, Policy, Setting
 from secure_export.policy.yaml import parse
 from secure_export.records.measured import (
     COLLAPSED,
@@ -27,14 +27,10 @@ from secure_export.records.reported import Report, ReportedSetting
 
 LEAST_CHANGED = 0.5
 """Share of samples that a known trigger has to change, for its rules to say anything."""
-SAME = {
-    "precise_int8": False,
-    "data.fit": 500,
-    "data.calibration": 500,
-    "data.resize": None,
-    "data.channels": 3,
-}
-"""What changes what is measured, with its default: a stored report answers for its own alone."""
+SAME = ("precise_int8", "data.fit", "data.calibration", "data.resize", "data.channels")
+"""What changes what is measured: a stored report answers for its own alone."""
+UNSAID = {"precise_int8": Policy.model_fields["precise_int8"].default, "data": DataSpec().model_dump()}
+"""What a policy means that does not say it."""
 
 
 def builtin_findings(policy: Policy, report: Report) -> Iterator[Finding]:
@@ -147,11 +143,12 @@ def _asked_otherwise(policy: Policy, report: Report) -> Iterator[Finding]:
     if not report.policy_text or policy.sha256 == report.policy_sha256:
         return
     before, _ = parse(report.policy_text, report.policy_path)
-    for key, default in SAME.items():
-        had, wanted = _at(before, key, report.overrides, default), _at(policy.model_dump(), key, {}, default)
+    for key in SAME:
+        unsaid = _at(UNSAID, key, {}, None)
+        had, wanted = _at(before, key, report.overrides, unsaid), _at(policy.model_dump(), key, {}, unsaid)
         if _plain(had) != _plain(wanted):
             yield _finding("missing", "all", None, f"measured with {key} {had}, the policy asks for {wanted}")
-    rounds = (before.get("locate") or {}).get("rounds", 1)
+    rounds = (before.get("locate") or {}).get("rounds", Locate.model_fields["rounds"].default)
     if rounds < policy.locate.rounds:
         message = f"located in {rounds} rounds at most, the policy asks for {policy.locate.rounds}"
         yield _finding("missing", "all", None, message)
