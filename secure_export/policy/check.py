@@ -90,8 +90,8 @@ def _patterns(policy: Policy) -> Iterator[Problem]:
 def _unread(policy: Policy) -> Iterator[Problem]:
     """What is applied or searched and no rule reads would stand in the report as if it had been judged."""
     for index, trigger in enumerate(policy.triggers):
-        read = [rule.triggers for rule in policy.rules if rule.metric in ("asr", "lift")]
-        if not any(names == "all" or trigger.name in names for names in read):
+        rules = [rule for rule in policy.rules if rule.metric in ("asr", "lift") and rule.classes == "all"]
+        if not any(rule.triggers == "all" or trigger.name in rule.triggers for rule in rules):
             text = f"no asr or lift rule reads trigger {trigger.name!r}: name it in one, or leave it out"
             yield Problem(("triggers", index), text)
     spec = policy.evidence
