@@ -135,7 +135,7 @@ class ForgetSpec(Section):
 class EvidenceSpec(Section):
     """The search for triggers that nobody named, on the original and on every purified file."""
 
-    preset: Literal["fast", "wide", "thorough", "contrast", "contrast-large"] | None = Field(
+    preset: Literal["fast", "wide", "thorough", "contrast", "contrast-both", "contrast-large"] | None = Field(
         "fast", description="probes and their effort"
     )
     probes: tuple[PluginSpec, ...] = Field(

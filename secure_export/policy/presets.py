@@ -33,6 +33,13 @@ PRESETS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
         {"kind": "l2", "contrast": True, "rms": 0.018, **CONTRAST},
         {"kind": "wave", "contrast": True, "amplitude": 0.07, "scan": 256, **CONTRAST},
     ),
+    # Some attacks need more room than a small trigger has: the same small patch beside a large one and a larger `l2`.
+    "contrast-both": (
+        {"kind": "patch", "contrast": True, "area": 0.012, **CONTRAST},
+        {"kind": "large-patch", "contrast": True, "area": 0.036, **CONTRAST},
+        {"kind": "l2", "contrast": True, "rms": 0.027, **CONTRAST},
+        {"kind": "wave", "contrast": True, "amplitude": 0.07, "scan": 256, **CONTRAST},
+    ),
     # Natural triggers grow faster with the size than planted ones (docs/evidence-measured.md#contrast).
     "contrast-large": (
         {"kind": "patch", "contrast": True, "area": 0.036, **CONTRAST},
