@@ -164,6 +164,11 @@ class EvidenceSpec(Section):
         description="let rules pass on searches without gradients, which find far less than those that set "
         "the limits; false = such a search can refuse a file, never pass it",
     )
+    mixing: bool = Field(
+        False,
+        description="let rules pass on files in whose graph samples of one batch may meet (dynamic int8), "
+        "though in batches other than those searched they can act otherwise; a batch of one never mixes",
+    )
     seconds: float | None = Field(
         None, gt=0, description="limit of one search; a search that it cuts short decides nothing but a find"
     )
@@ -270,6 +275,8 @@ class EvidenceSpec(Section):
             return f"cut short after {search.steps} of {search.planned} steps, too little"
         if search.mode != "replay" and not search.gradient and not self.queries:
             return "searched by queries alone, which find too little (evidence.queries: true lets that pass)"
+        if search.mixing and not self.mixing:
+            return f"samples may meet ({search.mixing}), too little (evidence.mixing: true lets that pass)"
         return ""
 
     def held(self, setting: Bound, probe: str, counted: Mapping[str, Count | Paired], alpha: float) -> bool:

@@ -104,6 +104,13 @@ class Twin(nn.Module):
     def _logits(self, inputs: Tensor, weights: Mapping[str, Tensor] | None) -> Tensor:
         return self.tensor(self.output, {self.input: inputs, **(weights or {})})
 
+    def values(self, inputs: Tensor) -> dict[str, Tensor]:
+        """Every tensor of the graph, by name, for as many samples as it takes."""
+        values = {**self.constants, self.input: inputs}
+        for step in self.steps:
+            self._run(step, values)
+        return values
+
     def weights(self) -> dict[str, Tensor]:
         """Float constants that convolutions and linear layers read, by the names that `forward` takes."""
         names = [name for step in self.steps if step.kind in LINEAR for name in step.reads[1:]]
@@ -126,8 +133,8 @@ class Twin(nn.Module):
         return values[name]
 
     def _run(self, step: Step, values: dict[str, Tensor]) -> None:
-        operands: Values = [values[name] if name else None for name in step.reads]
         try:
+            operands: Values = [values[name] if name else None for name in step.reads]
             made = step.operator(operands, step.attributes)
         except RUN_ERRORS as error:
             reason = first_line(error)

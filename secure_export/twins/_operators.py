@@ -110,6 +110,27 @@ def _reshape(operands: Values, attributes: Attributes) -> Tensor:
     return made
 
 
+def _expand(operands: Values, _: Attributes) -> Tensor:
+    wanted = [int(side) for side in operands[1]]
+    short = operands[0].ndim - len(wanted)  # Both ways: a size of 1 in either gives way.
+    wanted = [1] * short + wanted
+    sides = [1] * -short + list(operands[0].shape)
+    made: Tensor = operands[0].expand([max(pair) for pair in zip(wanted, sides, strict=True)])
+    return made
+
+
+def _slice(operands: Values, _: Attributes) -> Tensor:
+    data, starts, ends, *others = operands
+    axes, steps = [*others, None, None][:2]
+    axes = range(len(starts)) if axes is None else axes.tolist()
+    steps = [1] * len(starts) if steps is None else steps.tolist()
+    taken = [slice(None)] * data.ndim
+    for axis, start, end, step in zip(axes, starts.tolist(), ends.tolist(), steps, strict=True):
+        taken[axis] = slice(start, end, step)
+    made: Tensor = data[tuple(taken)]
+    return made
+
+
 def _gather(operands: Values, attributes: Attributes) -> Tensor:
     data, index = operands[:2]
     axis = attributes.get("axis", 0) % data.ndim
@@ -262,6 +283,7 @@ OPERATORS: dict[str, Operator] = {
     "DynamicQuantizeLinear": _dynamic_quantize,
     "Erf": _simple(torch.erf),
     "Exp": _simple(torch.exp),
+    "Expand": _expand,
     "Flatten": lambda operands, a: operands[0].flatten(a.get("axis", 1)),
     "Gather": _gather,
     "Gelu": lambda operands, a: F.gelu(operands[0], approximate=a.get("approximate", b"none").decode()),
@@ -285,6 +307,7 @@ OPERATORS: dict[str, Operator] = {
     "Reshape": _reshape,
     "Shape": lambda operands, a: torch.tensor(operands[0].shape[a.get("start", 0) : a.get("end")]),
     "Sigmoid": _simple(torch.sigmoid),
+    "Slice": _slice,
     "Softmax": lambda operands, a: operands[0].softmax(a.get("axis", -1)),
     "Sqrt": _simple(torch.sqrt),
     "Squeeze": _squeeze,
