@@ -21,6 +21,7 @@ from secure_export.errors import CompressError, LoadError
 from secure_export.evidence.files import mixing_of
 from secure_export.lane import Bench
 from secure_export.measure import Reference, logits_of
+from secure_export.perturbations import as_samples
 from secure_export.policy.schema import ARTIFACT, Policy, SubjectSpec
 from secure_export.records.measured import Artifact, Count, Paired, SettingResult
 from secure_export.records.memory import Predictor
@@ -188,7 +189,8 @@ def count_classes(predict: Predictor, bench: Bench, name: str, batch: int | None
         CompressError: outputs that are no logits, that differ from run to run, or other answers to a sample
             alone or in a batch of one of SIZES; the deployed batch size is not the one that is measured.
     """
-    some = bench.splits.calibration.floats(slice(0, PROBED))
+    samples = bench.splits.calibration
+    some = samples.floats(slice(0, PROBED))
     logits = predict(some)
     if logits.ndim != 2 or len(logits) != len(some) or logits.shape[1] < 2:
         raise CompressError(
@@ -198,7 +200,7 @@ def count_classes(predict: Predictor, bench: Bench, name: str, batch: int | None
         raise CompressError(f"{name} gives logits that are not finite")
     if not torch.equal(predict(some), logits):
         raise CompressError(f"{name} gives other logits for the same samples: it cannot be measured")
-    asked = {"": some, **{key: made(some) for key, made in bench.triggers.items()}}
+    asked = {"": some, **{key: as_samples(made(some), samples) for key, made in bench.triggers.items()}}
     said = {trigger: predict(inputs).argmax(1) for trigger, inputs in asked.items()}
     check_batches(predict, asked, said, 1, ALONE, name)
     few = {trigger: inputs[:FEW] for trigger, inputs in asked.items()}
