@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from secure_export import digests, lane, loading, onnx_files
+from secure_export import digests, lane, loading, onnx_files, twins
 from secure_export.errors import CompressError, LoadError
 from secure_export.evidence.files import mixing_of
 from secure_export.lane import Bench
@@ -123,7 +123,7 @@ def take(path: Path, bench: Bench) -> Incoming:
     copy.write_bytes(content)
     artifact = Artifact(ARTIFACT, copy, digests.of_file(copy), len(content), "onnx", "onnxruntime")
     predict = runtime(artifact.runtime, bench.runtime).open(artifact.path)
-    batch = batch_of(proto)
+    batch = twins.batch_of(proto) or None
     classes = count_classes(predict, bench, path.name, batch)
     info = SubjectInfo(
         path=printable(path.name),
@@ -171,13 +171,6 @@ def check_signature(proto: ModelProto, shape: tuple[int, ...], name: str) -> Non
             f"{name} takes inputs of [{taken}], the data has {list(shape)}",
             hint="data.resize and data.channels say how images are read",
         )
-
-
-def batch_of(proto: ModelProto) -> int | None:
-    """The number of samples that the file takes at a time; None = any."""
-    weights = {tensor.name for tensor in proto.graph.initializer}
-    shape = next(v for v in proto.graph.input if v.name not in weights).type.tensor_type.shape
-    return shape.dim[0].dim_value or None if shape.dim else None
 
 
 def count_classes(predict: Predictor, bench: Bench, name: str, batch: int | None) -> int:

@@ -103,14 +103,15 @@ def twin_of(path: Path, form: str, options: Options) -> Logits:
 
 
 def mixing_of(path: Path, form: str, shape: Sequence[int]) -> str:
-    """Where samples of one batch may meet in a file's graph; "" where they cannot.
+    """Where samples of one batch may meet in a file's graph; "" where they cannot, or where a batch is one.
 
     Files of other formats than ONNX are traced from the user's own architecture and are not looked at.
     """
     if form != "onnx":
         return ""
     try:
-        return mixing(twins.of_onnx(path), shape)
+        alone = twins.batch_of(twins.read(path)) == 1
+        return "" if alone else mixing(twins.of_onnx(path), shape)
     except CompressError as error:
         return f"not known: {error.message}"
 

@@ -79,8 +79,7 @@ class Twin(nn.Module):
         if len(given) != 1:
             raise CompressError(f"no differentiable twin of {file}: {len(given)} inputs, expected one")
         self.input, self.output, self.file = given[0], graph.output[0].name, file
-        shape = next(value for value in graph.input if value.name == self.input).type.tensor_type.shape
-        self.batch = shape.dim[0].dim_value if shape.dim else 0
+        self.batch = batch_of(proto)
         types = {tensor.name: tensor.data_type for tensor in graph.initializer}
         types |= {value.name: value.type.tensor_type.elem_type for value in graph.input}
         steps = []
@@ -194,6 +193,13 @@ def _fused(steps: Sequence[Step], constants: Mapping[str, Tensor], output: str) 
     return [step for step in made if read & set(step.makes)]
 
 
+def batch_of(proto: ModelProto) -> int:
+    """The number of samples that a graph takes at a time; 0 = any."""
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    shape = next(v for v in proto.graph.input if v.name not in weights).type.tensor_type.shape
+    return shape.dim[0].dim_value if shape.dim else 0
+
+
 def _constant(tensor: TensorProto, file: str) -> Tensor:
     """Half precision as float32 and four bits as eight, for the twin computes in float32."""
     try:
@@ -208,14 +214,22 @@ def _constant(tensor: TensorProto, file: str) -> Tensor:
         raise CompressError(f"no differentiable twin of {file}: {reason}") from error
 
 
+def read(path: Path) -> ModelProto:
+    """The graph of an ONNX file.
+
+    Raises:
+        CompressError: no readable ONNX.
+    """
+    try:
+        return onnx.load_from_string(path.read_bytes())
+    except (OSError, DecodeError) as error:
+        raise CompressError(f"{path.name} is no valid ONNX file: {error}") from error
+
+
 def of_onnx(path: Path) -> Twin:
     """The twin of an ONNX file.
 
     Raises:
         CompressError: no readable ONNX, or a graph that has no twin.
     """
-    try:
-        proto = onnx.load_from_string(path.read_bytes())
-    except (OSError, DecodeError) as error:
-        raise CompressError(f"{path.name} is no valid ONNX file: {error}") from error
-    return Twin(proto, path.name).eval()
+    return Twin(read(path), path.name).eval()

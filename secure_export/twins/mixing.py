@@ -80,13 +80,11 @@ class Node:
 def mixing(twin: Twin, shape: Sequence[int]) -> str:
     """Where samples of one batch may meet, in words; "" if they cannot, however many there are.
 
-    `shape` is that of one input. A graph that takes one sample at a time has nothing to mix.
+    `shape` is that of one input.
 
     Raises:
         CompressError: the graph cannot be computed.
     """
-    if twin.batch == 1:
-        return ""
     kinds: dict[str, Kind] = {twin.input: Rows()}
     with torch.no_grad():
         values = twin.values(torch.zeros(twin.batch or PROBED, *shape))
