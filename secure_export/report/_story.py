@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from secure_export.records.measured import COLLAPSED, UNREAD, Artifact, Finding, Suspect
 from secure_export.records.reported import Report
-from secure_export.report._tables import Worst, class_label, percent, plural, points, worst_lift
+from secure_export.report._tables import Worst, class_label, percent, points, worst_lift
+from secure_export.words import plural
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from secure_export.records.measured import Count, Finding, Measurement, Paired, SettingResult
 from secure_export.records.reported import Report
+from secure_export.words import plural
 
 COLUMNS = ("ACC", "ACC drop", "worst lift", "worst ASR", "lowest RA", "agreement", "size", "ms/sample")
 COLLAPSED_SHARE = 0.5
@@ -202,8 +203,3 @@ def sentence(report: Report) -> str:
 def release_tag(report: Report) -> str:
     """How a setting that the policy wants released is marked."""
     return "released" if report.verdict.outcome == "released" else "for release"
-
-
-def plural(number: int, noun: str) -> str:
-    """`1 file`, `2 files`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"

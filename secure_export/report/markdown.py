@@ -11,6 +11,7 @@ from secure_export.report import _evidence as searched
 from secure_export.report import _story as story
 from secure_export.report import _tables as tables
 from secure_export.report import costs
+from secure_export.words import plural
 
 _ACTIVE = re.compile(r"([\\`*\[\]|])")
 _EDGE_UNDERSCORE = re.compile(r"(?<![^\W_])_|_(?![^\W_])")
@@ -181,7 +182,7 @@ def _provenance(report: Report) -> Iterator[str]:
     yield f"  {subject.parameters:,} parameters, {subject.classes} classes, input {shape}"
     yield f"- Model sha256: `{escape(subject.sha256)}`"
     for name, split in report.splits.items():
-        size = tables.plural(split.samples, "sample")
+        size = plural(split.samples, "sample")
         yield f"- Split {escape(name)}: {size}, sha256 `{escape(split.sha256)}`"
     yield f"- Tool: {escape(report.tool)}; {escape(story.inline(report.environment))}"
     yield f"- Seconds: {escape(story.inline({k: f'{v:.1f}' for k, v in report.timings.items()}))}"
