@@ -46,7 +46,7 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     settings = [{"name": "ov", "steps": [], "format": {"kind": "openvino"}}]
     path = tmp_path / "p.yaml"
     path.write_text(yaml.safe_dump(toy_policy(settings=settings, release=["ov"])))
-    with pytest.raises(PolicyError, match=r"secure-export\[openvino\]"):
+    with pytest.raises(PolicyError, match=r"\.\[openvino\]"):
         check_plugins(load_policy(path))
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from secure_export.policy.schema import ARTIFACT
 from secure_export.records.measured import Count, Finding, Measurement, Paired, SettingResult
 from secure_export.records.reported import Report
 from secure_export.words import plural
@@ -47,6 +48,8 @@ class Row:
 
     setting: str
     lane: str
+    span: int
+    """Lanes of the setting, on its first row; 0 on the others."""
     released: bool
     collapsed: bool
     cells: tuple[Cell, ...]
@@ -107,9 +110,10 @@ def collapsed(measurement: Measurement) -> bool:
 
 
 def class_label(report: Report, index: int) -> str:
-    """A class by number and name."""
+    """A class by number and name: `class 3 (cat)`."""
     names = report.subject.class_names
-    return f"{index} {names[index]}" if 0 <= index < len(names) else str(index)
+    name = names[index] if 0 <= index < len(names) else str(index)
+    return f"class {index}" if name == str(index) else f"class {index} ({name})"
 
 
 def in_megabytes(size: int) -> str:
@@ -123,8 +127,13 @@ def sweep_point(setting: str) -> tuple[str, float] | None:
     return (match["before"] + match["after"], float(match["ratio"])) if match else None
 
 
+def as_received(report: Report) -> bool:
+    """Whether there is one lane: nothing can purify a file of another tool, so both lanes are that file."""
+    return report.subject.architecture == ARTIFACT
+
+
 def rows(report: Report) -> tuple[Row, ...]:
-    """Original above purified, setting by setting."""
+    """Original above purified, setting by setting; of a file of another tool, the one lane."""
     return tuple(_rows(report))
 
 
@@ -132,12 +141,14 @@ def _rows(report: Report) -> Iterator[Row]:
     for setting in report.settings:
         binding = [f for f in report.verdict.findings if f.setting == setting.name]
         steps = " → ".join(str(step.get("kind", "?")) for step in setting.steps) or "none"
-        for result in (setting.original, setting.purified):
+        results = (setting.purified,) if as_received(report) else (setting.original, setting.purified)
+        for result in results:
             measurement, missing = result.measurement, result.unmeasured
             judged = result.lane == "purified"
             yield Row(
                 setting=setting.name,
-                lane=result.lane,
+                lane="as received" if as_received(report) else result.lane,
+                span=len(results) if result is results[0] else 0,
                 released=setting.released,
                 collapsed=measurement is not None and collapsed(measurement),
                 cells=_cells(report, result, measurement) if measurement is not None else (),

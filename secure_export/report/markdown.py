@@ -74,7 +74,7 @@ def _findings(findings: Sequence[Finding]) -> Iterator[str]:
 
 
 def _settings(report: Report) -> Iterator[str]:
-    yield "## Purified beside original"
+    yield f"## {story.lanes_title(report)}"
     yield ""
     body = []
     for row in tables.rows(report):
@@ -126,7 +126,7 @@ def _evidence(report: Report) -> Iterator[str]:
     yield "## What was searched, and what was not"
     yield ""
     for trigger in evidence.known_triggers:
-        yield f"- Known trigger {escape(story.inline(trigger))}."
+        yield f"- Known trigger: {escape(story.inline(trigger))}."
     yield f"- Search for unknown triggers: {escape(evidence.trigger_search)}."
     for gap in evidence.not_shown:
         yield f"- Not shown: {escape(gap)}"
@@ -178,7 +178,8 @@ def _provenance(report: Report) -> Iterator[str]:
     yield "## Provenance"
     yield ""
     shape = "×".join(str(side) for side in subject.input_shape)
-    yield f"- Model: {escape(subject.path)}, {escape(subject.architecture)}, head {escape(subject.head)}, "
+    head = f"head layer `{escape(subject.head)}`," if subject.head else ""
+    yield f"- Model: {escape(subject.path)}, {escape(subject.architecture)}, {head}".rstrip()
     yield f"  {subject.parameters:,} parameters, {subject.classes} classes, input {shape}"
     yield f"- Model sha256: `{escape(subject.sha256)}`"
     for name, split in report.splits.items():
