@@ -18,8 +18,10 @@ import torch
 
 from secure_export import digests, lane, loading, onnx_files
 from secure_export.errors import CompressError, LoadError
+from secure_export.evidence.files import mixing_of
 from secure_export.lane import Bench
 from secure_export.measure import Reference, logits_of
+from secure_export.perturbations import as_samples
 from secure_export.policy.schema import ARTIFACT, Policy, SubjectSpec
 from secure_export.records.measured import Artifact, Count, Paired, SettingResult
 from secure_export.records.memory import Predictor
@@ -46,10 +48,11 @@ SIZES = (*range(2, 65), *range(72, 129, 8), 100, 160, 192, 200, 224, 256)
 FEW = 16
 IN_BATCHES = 0.25
 """Largest share of the FEW that may change class in one batch size; in so many, some move more near ties."""
-UNSEARCHED = "what a trigger that nobody named does in batches of another size than searches make, or alone"
+UNSEARCHED = "what a trigger that nobody named does alone, in batches of other sizes or beside other samples"
 FURTHER = "what the file does when somebody compresses it further: it was measured as it is"
 OTHER_BATCHES = (
-    "what the file does in batches of more than 64 samples that are no multiple of 8, or of more than 256"
+    "what the file does in batches of sizes other than 1 to 64, multiples of 8 up to 128, 100, 160, 192, "
+    "200, 224 and 256"
 )
 
 
@@ -62,11 +65,16 @@ class Incoming:
     predict: Predictor
     batch: int | None
     """How many samples it takes at a time; None = any number."""
+    mixing: str
+    """Where samples of one batch may meet, in words; "" where they cannot."""
 
 
 def not_shown(given: Incoming) -> tuple[str, ...]:
     """What the measurement of a file as it is leaves open."""
-    return (FURTHER,) if given.batch else (FURTHER, OTHER_BATCHES, UNSEARCHED)
+    if not given.mixing:
+        return (FURTHER,)
+    unsearched = f"{UNSEARCHED}: samples may meet ({given.mixing})"
+    return (FURTHER, unsearched) if given.batch else (FURTHER, OTHER_BATCHES, unsearched)
 
 
 def options(policy: Policy) -> Options:
@@ -127,7 +135,7 @@ def take(path: Path, bench: Bench) -> Incoming:
         input_shape=shape,
         parameters=sum(math.prod(tensor.dims) for tensor in proto.graph.initializer),
     )
-    return Incoming(artifact, info, predict, batch)
+    return Incoming(artifact, info, predict, batch, mixing_of(copy, artifact.format, shape))
 
 
 def check_signature(proto: ModelProto, shape: tuple[int, ...], name: str) -> None:
@@ -181,7 +189,8 @@ def count_classes(predict: Predictor, bench: Bench, name: str, batch: int | None
         CompressError: outputs that are no logits, that differ from run to run, or other answers to a sample
             alone or in a batch of one of SIZES; the deployed batch size is not the one that is measured.
     """
-    some = bench.splits.calibration.floats(slice(0, PROBED))
+    samples = bench.splits.calibration
+    some = samples.floats(slice(0, PROBED))
     logits = predict(some)
     if logits.ndim != 2 or len(logits) != len(some) or logits.shape[1] < 2:
         raise CompressError(
@@ -191,7 +200,7 @@ def count_classes(predict: Predictor, bench: Bench, name: str, batch: int | None
         raise CompressError(f"{name} gives logits that are not finite")
     if not torch.equal(predict(some), logits):
         raise CompressError(f"{name} gives other logits for the same samples: it cannot be measured")
-    asked = {"": some, **{key: made(some) for key, made in bench.triggers.items()}}
+    asked = {"": some, **{key: as_samples(made(some), samples) for key, made in bench.triggers.items()}}
     said = {trigger: predict(inputs).argmax(1) for trigger, inputs in asked.items()}
     check_batches(predict, asked, said, 1, ALONE, name)
     few = {trigger: inputs[:FEW] for trigger, inputs in asked.items()}

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from secure_export.counting import MOST_ROWS, contrasted, counted, judged_on
+from secure_export.perturbations import as_samples
 from secure_export.probes import Free, Logits, Probe
 from secure_export.records.measured import Paired
 from secure_export.records.memory import Progress, Split, silent
@@ -149,7 +150,7 @@ def _begun(
     for part in torch.split(torch.arange(count), max(1, MOST_ROWS // len(inputs))):
         made = probe.perturbation([variable[part] for variable in candidates], shape)
         which = torch.arange(len(part)).repeat_interleave(len(inputs))
-        stamped = made.stamp(inputs.repeat(len(part), *_ones(shape)), which)
+        stamped = as_samples(made.stamp(inputs.repeat(len(part), *_ones(shape)), which), fit)
         with reduced():
             loss = -logits(stamped).float().log_softmax(1)[:, wanted]
             if against is not None:
@@ -191,9 +192,8 @@ def _descended(
         index = torch.randint(0, len(inputs), (probe.images,), generator=generator)
         # One batch of samples serves every class; a class's own samples do not count for it.
         counts = (fit.labels[index].repeat(len(rows)) != wanted[which]).float()
-        stamped = probe.perturbation(moving, shape).stamp(
-            inputs[index].repeat(len(rows), *_ones(shape)), which
-        )
+        made = probe.perturbation(moving, shape)
+        stamped = as_samples(made.stamp(inputs[index].repeat(len(rows), *_ones(shape)), which), fit)
         with reduced():
             scores = logits(stamped).float()
             others = None if against is None else against(stamped).float()
@@ -270,7 +270,7 @@ def _losses(logits: Logits, asked: Split, probe: Probe, free: Free, targets: Ten
     found, losses = probe.perturbation(free, shape), []
     for row, target in enumerate(targets.tolist()):
         others = inputs[asked.labels != target]
-        stamped = found.stamp(others, torch.full((len(others),), row))
+        stamped = as_samples(found.stamp(others, torch.full((len(others),), row)), asked)
         losses.append(F.cross_entropy(logits(stamped), torch.full((len(others),), target)))
     return torch.stack(losses)
 

@@ -254,15 +254,19 @@ def woken_alone() -> onnx.ModelProto:
     return small([*nodes, *choice], ["n", 1, 8, 8], weights)
 
 
-def test_a_file_of_a_fixed_batch_is_searched_in_that_batch(gate: Gate) -> None:
-    """What it does in batches of the search's own size is not what ships."""
+def test_a_file_that_can_tell_batches_is_released_only_by_those_who_say_so(gate: Gate) -> None:
+    """What it does in batches of the search's own size is not what ships: one sample at a time is."""
     blind(gate)
     proto = woken_alone()
     gate.save(proto)
     result = gate.run()
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 4, result.output
+    assert "samples may meet (Cast 'number' computes with the number of samples)" in result.output
+    gate.policy["evidence"] = FOUND | {"mixing": True}
+    assert gate.run().exit_code == 0
     report = load_report(gate.out / "report.json")
-    assert any("in batches of another size than searches make" in gap for gap in report.evidence.not_shown)
+    assert any("beside other samples: samples may meet" in gap for gap in report.evidence.not_shown)
+    gate.policy["evidence"] = FOUND
     proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
     gate.save(proto)
     assert gate.run().exit_code == 3

@@ -334,6 +334,17 @@ def test_evidence_section_that_could_not_decide_is_refused(section: dict[str, An
         make_policy(evidence=section)
 
 
+def test_contrast_alone_does_not_release() -> None:
+    """A trigger that lies in no weight stays in every reference."""
+    rules = [{"metric": "inverted_contrast", "at_most": 0.5}]
+    with pytest.raises(PolicyError, match="every inverted_ rule on 'fp32' reads contrast"):
+        make_policy(evidence={"preset": "contrast", "rules": rules})
+    plain = {"metric": "inverted_lift", "at_most": 0.5, "probes": ["patch", "l2", "warp"]}
+    policy = make_policy(evidence={"preset": ["fast", "contrast"], "rules": [*rules, plain]})
+    assert policy.evidence
+    assert policy.evidence.names[:4] == ("patch", "l2", "warp", "contrast-patch")
+
+
 def test_presets_name_three_families_at_least() -> None:
     for preset, probes in PRESETS.items():
         assert len({probe["kind"] for probe in probes}) >= 3, preset

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from secure_export.records.memory import Predictor, Split
 from secure_export.runtimes import Options, runtime
 from secure_export.runtimes.safetensors import Safetensors
 from secure_export.runtimes.torch_eager import program
+from secure_export.twins.mixing import mixing
 
 if TYPE_CHECKING:
     from secure_export.probes import Logits
@@ -42,6 +43,8 @@ class Opened:
     why_no_twin: str
     answers: str
     """Digest of its logits on fit, which tell a file of weights alone from the same in edited code."""
+    mixing: str
+    """Where samples of one batch may meet in its graph, in words; "" where they cannot."""
     collapsed: str
     """In words, or ""."""
 
@@ -79,6 +82,7 @@ def opened(result: SettingResult, fit: Split, options: Options) -> Opened | str:
         agreement=agreement,
         why_no_twin=why,
         answers=digests.of_arrays(logits.round(decimals=3).numpy()),
+        mixing=mixing_of(artifact.path, artifact.format, fit.inputs.shape[1:]),
         collapsed=_collapsed(logits.argmax(1), fit),
     )
 
@@ -96,6 +100,19 @@ def twin_of(path: Path, form: str, options: Options) -> Logits:
     if form == "safetensors":
         return Safetensors(**options.get("safetensors", {})).subject(path).model
     raise CompressError(f"no differentiable twin of {path.name}: none for {form} files")
+
+
+def mixing_of(path: Path, form: str, shape: Sequence[int]) -> str:
+    """Where samples of one batch may meet in a file's graph; "" where they cannot.
+
+    Files of other formats than ONNX are traced from the user's own architecture and are not looked at.
+    """
+    if form != "onnx":
+        return ""
+    try:
+        return mixing(twins.of_onnx(path), shape)
+    except CompressError as error:
+        return f"not known: {error.message}"
 
 
 def normalized(twin: Logits, options: Mapping[str, Any]) -> Logits:

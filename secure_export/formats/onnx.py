@@ -6,6 +6,7 @@ absolute paths: here weights are inline and all of that is cleared, so two build
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -80,7 +81,7 @@ def exported(model: nn.Module, example: Tensor) -> onnx.ModelProto:
     with quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
-                model,
+                contiguous(model),
                 (traced,),
                 dynamo=True,
                 external_data=False,
@@ -97,6 +98,16 @@ def exported(model: nn.Module, example: Tensor) -> onnx.ModelProto:
     if program is None:
         raise CompressError("cannot export to ONNX: torch.onnx.export returned nothing")
     return program.model_proto
+
+
+def contiguous(model: nn.Module) -> nn.Module:
+    """The model, or a copy of it whose weights do not lie channels last.
+
+    Of channels last torch exports a pooling to one place as an index computed from the number of samples.
+    """
+    if all(parameter.is_contiguous() for parameter in model.parameters()):
+        return model
+    return copy.deepcopy(model).to(memory_format=torch.contiguous_format)
 
 
 def why(error: BaseException) -> str:

@@ -130,6 +130,12 @@ def _searches(policy: Policy, setting: Setting, place: Loc) -> Iterator[Problem]
         if policy.subject.artifact is not None:
             what = "a file of another tool"
         yield Problem(place, f"no inverted_ rule binds {what}: give one `settings: released`")
+    elif setting.released and not spec.asks_plainly(setting):
+        yield Problem(
+            place,
+            f"every inverted_ rule on {setting.name!r} reads contrast, which misses what a file keeps when "
+            "it forgets: add one on a probe without (preset: [fast, contrast])",
+        )
     for index, rule in enumerate(spec.rules):
         if rule.mode in ("replay", "warm") and rule.binds(setting):
             unread = [probe for probe in spec.read_by(rule) if not spec.asks(setting, probe)]

@@ -132,11 +132,14 @@ class ForgetSpec(Section):
     )
 
 
+Preset = Literal["fast", "wide", "thorough", "contrast", "contrast-both", "contrast-large"]
+
+
 class EvidenceSpec(Section):
     """The search for triggers that nobody named, on the original and on every purified file."""
 
-    preset: Literal["fast", "wide", "thorough", "contrast", "contrast-both", "contrast-large"] | None = Field(
-        "fast", description="probes and their effort"
+    preset: Preset | tuple[Preset, ...] | None = Field(
+        "fast", description="probes and their effort, of one preset or of several"
     )
     probes: tuple[PluginSpec, ...] = Field(
         (), description="instead of the preset's; each kind once, and once more with contrast"
@@ -163,6 +166,11 @@ class EvidenceSpec(Section):
         False,
         description="let rules pass on searches without gradients, which find far less than those that set "
         "the limits; false = such a search can refuse a file, never pass it",
+    )
+    mixing: bool = Field(
+        False,
+        description="let rules pass on files in whose graph samples of one batch may meet (dynamic int8), "
+        "though in batches other than those searched they can act otherwise; a batch of one never mixes",
     )
     seconds: float | None = Field(
         None, gt=0, description="limit of one search; a search that it cuts short decides nothing but a find"
@@ -212,7 +220,8 @@ class EvidenceSpec(Section):
     @property
     def specs(self) -> tuple[Mapping[str, Any], ...]:
         """The probes that run, as `{kind: name, **parameters}`."""
-        return self.probes or (PRESETS[self.preset] if self.preset else ())
+        presets = (self.preset,) if isinstance(self.preset, str) else self.preset or ()
+        return self.probes or tuple(probe for preset in presets for probe in PRESETS[preset])
 
     @property
     def effort(self) -> Mapping[str, Any]:
@@ -270,6 +279,8 @@ class EvidenceSpec(Section):
             return f"cut short after {search.steps} of {search.planned} steps, too little"
         if search.mode != "replay" and not search.gradient and not self.queries:
             return "searched by queries alone, which find too little (evidence.queries: true lets that pass)"
+        if search.mixing and not self.mixing:
+            return f"samples may meet ({search.mixing}), too little (evidence.mixing: true lets that pass)"
         return ""
 
     def held(self, setting: Bound, probe: str, counted: Mapping[str, Count | Paired], alpha: float) -> bool:
@@ -288,6 +299,15 @@ class EvidenceSpec(Section):
         return any(
             rule.mode == "cold" and probe in self.read_by(rule) and rule.binds(setting) for rule in self.rules
         )
+
+    def asks_plainly(self, setting: Bound) -> bool:
+        """Whether a rule reads a cold search that works against no reference.
+
+        A trigger that lies in no weight (a place cut out and compared with a number) stays in every
+        reference, so contrast overlooks it.
+        """
+        plain = set(self.names) - set(self.contrasting)
+        return any(self.asks(setting, probe) for probe in plain)
 
     def evident(
         self, probe: str, settings: Iterable[Bound], searches: Iterable[Search], alpha: float

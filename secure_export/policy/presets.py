@@ -33,7 +33,7 @@ PRESETS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
         {"kind": "l2", "contrast": True, "rms": 0.018, **CONTRAST},
         {"kind": "wave", "contrast": True, "amplitude": 0.07, "scan": 256, **CONTRAST},
     ),
-    # Some attacks need more room than a small trigger has: the same small patch beside a large one and a larger `l2`.
+    # Some attacks need more room than a small trigger has: a large patch beside the small one, a larger `l2`.
     "contrast-both": (
         {"kind": "patch", "contrast": True, "area": 0.012, **CONTRAST},
         {"kind": "large-patch", "contrast": True, "area": 0.036, **CONTRAST},

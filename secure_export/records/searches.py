@@ -89,6 +89,9 @@ class Search:
     """Largest lift above the references' median: of a cold search on fit, class by class; of a replay or warm
     search on the holdout, trigger by trigger. None without references."""
     excess_class: int | None = None
+    mixing: str = ""
+    """Where samples of one batch may meet in the file's graph, in words; "" where they cannot, and for files
+    that are no graph of ONNX."""
     ended: int | None = None
     """Classes searched to the last step, the others for a third of them; None: not told."""
 

@@ -110,11 +110,38 @@ def _reshape(operands: Values, attributes: Attributes) -> Tensor:
     return made
 
 
+def _expand(operands: Values, _: Attributes) -> Tensor:
+    wanted = [int(side) for side in operands[1]]
+    short = operands[0].ndim - len(wanted)  # Both ways: a size of 1 in either gives way.
+    wanted = [1] * short + wanted
+    sides = [1] * -short + list(operands[0].shape)
+    made: Tensor = operands[0].expand([max(pair) for pair in zip(wanted, sides, strict=True)])
+    return made
+
+
+def _slice(operands: Values, _: Attributes) -> Tensor:
+    data, starts, ends, *others = operands
+    axes, steps = [*others, None, None][:2]
+    axes = range(len(starts)) if axes is None else axes.tolist()
+    steps = [1] * len(starts) if steps is None else steps.tolist()
+    taken = [slice(None)] * data.ndim
+    for axis, start, end, step in zip(axes, starts.tolist(), ends.tolist(), steps, strict=True):
+        taken[axis] = slice(start, end, step)
+    made: Tensor = data[tuple(taken)]
+    return made
+
+
+def _div(operands: Values, _: Attributes) -> Tensor:
+    over, under = operands
+    whole = not (over.is_floating_point() or under.is_floating_point())
+    return torch.div(over, under, rounding_mode="trunc" if whole else None)
+
+
 def _gather(operands: Values, attributes: Attributes) -> Tensor:
     data, index = operands[:2]
     axis = attributes.get("axis", 0) % data.ndim
     taken: Tensor = data.index_select(axis, index.reshape(-1).long() % data.shape[axis])
-    return taken.reshape(*data.shape[:axis], *index.shape, *data.shape[axis + 1 :])
+    return taken.reshape([*data.shape[:axis], *index.shape, *data.shape[axis + 1 :]])
 
 
 def _clip(operands: Values, attributes: Attributes) -> Tensor:
@@ -159,6 +186,8 @@ def _quantize(operands: Values, attributes: Attributes) -> Tensor:
         operands[2] if len(operands) > 2 and operands[2] is not None else torch.tensor(0, dtype=torch.uint8)
     )
     low, high = RANGES[zero.dtype]
+    if not bool((operands[1] > 0).all()):
+        raise ValueError("a scale that is not positive")
     scaled = data / _along(operands[1], data, axis)
     return (_straight(scaled, scaled.round()) + _along(zero, data, axis).float()).clamp(low, high)
 
@@ -187,6 +216,8 @@ def one_grid(grid: Sequence[Tensor | None]) -> bool:
 def rounded(operands: Values, _: Attributes) -> Tensor:
     """A value quantized and dequantized by one scale and zero point."""
     data, scale, zero = operands
+    if not float(scale) > 0:
+        raise ValueError("a scale that is not positive")
     low, high = RANGES[zero.dtype]
     made: Tensor = _Rounded.apply(data, float(scale), low - int(zero), high - int(zero))
     return made
@@ -257,11 +288,12 @@ OPERATORS: dict[str, Operator] = {
     "Conv": _conv,
     "ConvInteger": _conv_integer,
     "DequantizeLinear": _dequantize,
-    "Div": _simple(torch.div),
+    "Div": _div,
     "Dropout": lambda operands, _: operands[0],
     "DynamicQuantizeLinear": _dynamic_quantize,
     "Erf": _simple(torch.erf),
     "Exp": _simple(torch.exp),
+    "Expand": _expand,
     "Flatten": lambda operands, a: operands[0].flatten(a.get("axis", 1)),
     "Gather": _gather,
     "Gelu": lambda operands, a: F.gelu(operands[0], approximate=a.get("approximate", b"none").decode()),
@@ -285,6 +317,7 @@ OPERATORS: dict[str, Operator] = {
     "Reshape": _reshape,
     "Shape": lambda operands, a: torch.tensor(operands[0].shape[a.get("start", 0) : a.get("end")]),
     "Sigmoid": _simple(torch.sigmoid),
+    "Slice": _slice,
     "Softmax": lambda operands, a: operands[0].softmax(a.get("axis", -1)),
     "Sqrt": _simple(torch.sqrt),
     "Squeeze": _squeeze,
