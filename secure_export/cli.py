@@ -23,7 +23,7 @@ from secure_export.options import (
     subject_options,
 )
 from secure_export.records.measured import EXIT_CODES
-from secure_export.words import LONGEST, escaped
+from secure_export.words import LONGEST, escaped, plural
 
 EPILOG = """\b
 Exit codes:
@@ -127,8 +127,8 @@ def validate(policy: str, **given: Any) -> None:
     settings = loaded.expanded_settings()
     shipped = [setting.name for setting in settings if setting.released]
     click.echo(
-        f"{loaded.path}: {len(settings)} settings, {len(loaded.triggers)} triggers, "
-        f"{len(loaded.rules)} rules; releases {', '.join(shipped)}"
+        f"{loaded.path}: {plural(len(settings), 'setting')}, {plural(len(loaded.triggers), 'trigger')}, "
+        f"{plural(len(loaded.rules), 'rule')}; releases {', '.join(shipped)}"
     )
     for setting in settings:
         steps = " → ".join(str(step["kind"]) for step in setting.steps) or "full precision"
@@ -137,7 +137,8 @@ def validate(policy: str, **given: Any) -> None:
         click.echo("  no evidence section: no file is searched for triggers that the policy does not name")
     else:
         searched = ", ".join(loaded.evidence.names)
-        click.echo(f"  every file is searched: {searched}; {len(loaded.evidence.rules)} rules on it")
+        rules = plural(len(loaded.evidence.rules), "rule")
+        click.echo(f"  every file is searched: {searched}; {rules} on it")
 
 
 @main.command("list")

@@ -103,7 +103,7 @@ def table(report: Report) -> str:
     shown = (0, 1, 2, 3, 4)
     drawn = Table("setting", "lane", *(_tables.COLUMNS[i] for i in shown), box=None, pad_edge=False)
     for row in _tables.rows(report):
-        name = f"{row.setting} *" if row.released and row.lane == "purified" else row.setting
+        name = f"{row.setting} *" if row.released and row.lane != "original" else row.setting
         cells = [_words(row.cells[i]) for i in shown] if row.cells else [f"unmeasured: {row.unmeasured}"]
         drawn.add_row(name, row.lane, *cells)
     console = Console(width=150, markup=False, highlight=False, color_system=None)

@@ -191,7 +191,7 @@ def _keys(*sources: Samples | None) -> list[NDArray[np.bytes_]]:
         raise DataError(
             f"samples have shape {list(given[0].inputs.shape[1:])}, "
             f"the holdout's {list(given[1].inputs.shape[1:])}",
-            hint="set data.resize to [height, width]",
+            hint="give --resize HEIGHTxWIDTH, or set data.resize to [height, width]",
         )
     mixed = len({source.inputs.dtype for source in given}) > 1
     return [

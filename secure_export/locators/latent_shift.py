@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from secure_export.locators._collapse import SparesRuins
-from secure_export.records.measured import COLLAPSED, UNREAD, Suspect
+from secure_export.records.measured import COLLAPSED, MIN_SCORE, UNREAD, Suspect
 from secure_export.records.memory import Progress, Split, View, silent
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class LatentShift(SparesRuins):
                 "score": float(scores[named]),
                 "gap": gap,
                 "agreement": agreement,
+                MIN_SCORE: self.min_score,
                 **ruin,
                 **({UNREAD: why} if few else {}),
             },
