@@ -210,8 +210,8 @@ def demo(out: Path, quiet: bool) -> None:
 @click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="Default: stdout.")
 def report(run_dir: Path, form: str, output: Path | None) -> None:
     """Draw the report of RUN_DIR again from its report.json."""
-    from secure_export.report.documents import FORMATS, documents
-    from secure_export.report.schema import load_report
+    from secure_export.report.documents import documents
+    from secure_export.report.schema import FORMATS, load_report
 
     content = documents(load_report(_report_of(run_dir)))[FORMATS[form]]
     if output is None:
