@@ -26,8 +26,7 @@ def judge(policy: Policy, report: Report) -> Verdict:
     Only the purified lane is ruled. One finding per rule and setting: the worst trigger and class. Nothing is
     measured here, so a stored report can be judged under another policy.
     """
-    if report.subject.architecture == ARTIFACT and policy.subject.artifact is None:
-        policy = for_artifact(policy, report.subject.path)
+    policy = for_report(policy, report)
     findings = list(builtin_findings(policy, report))
     for setting in policy.expanded_settings():
         measurement = measured(report, setting)
@@ -37,6 +36,17 @@ def judge(policy: Policy, report: Report) -> Verdict:
                 findings.append(_rule(rule, setting, measurement, policy, report, line))
     findings += evidence_findings(policy, report)
     return Verdict(outcome(findings), tuple(findings))
+
+
+def for_report(policy: Policy, report: Report) -> Policy:
+    """The policy as it binds this report: of a file that another tool made there is one setting alone.
+
+    Raises:
+        PolicyError: no rule on asr or lift, or none on accuracy, binds such a file.
+    """
+    if report.subject.architecture == ARTIFACT and policy.subject.artifact is None:
+        return for_artifact(policy, report.subject.path)
+    return policy
 
 
 def outcome(findings: Sequence[Finding]) -> Outcome:

@@ -14,6 +14,8 @@ from secure_export.records.reported import Report
 
 SCHEMA = 1
 """The only `schema` number that this version writes and reads."""
+FORMATS = {"json": "report.json", "markdown": "report.md", "html": "report.html"}
+"""What a report's files are called, in a run directory and in a release; the first is this one."""
 
 
 class _Envelope(BaseModel):
