@@ -30,12 +30,12 @@ from secure_export.compressors._layers import recalibrate_batchnorm
 from secure_export.compressors.fake_quant import FakeQuant
 from secure_export.environment import versions
 from secure_export.lane import Bench, Lined, at_the_head, through_settings
-from secure_export.ledger import Ledger
+from secure_export.ledger import Ledger, user_key
 from secure_export.loading import Normalized
 from secure_export.measure import measure
 from secure_export.policy.schema import Setting
 from secure_export.records.measured import Measurement, SettingResult
-from secure_export.records.memory import Split, Splits
+from secure_export.records.memory import Split, Splits, silent
 from secure_export.runtimes import Runtime
 from secure_export.runtimes.torch_eager import from_module
 from secure_export.triggers import Trigger
@@ -184,7 +184,7 @@ def measured(
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(
             folder=Path(folder),
-            ledger=Ledger(Path(folder, "ledger"), versions()),
+            ledger=Ledger(Path(folder, "ledger"), versions(), user_key(silent)),
             splits=splits,
             triggers=triggers,
             trigger_digests={},

@@ -12,7 +12,7 @@ from benchmarks import datasets
 from secure_export import digests, registry
 from secure_export.environment import versions
 from secure_export.lane import Bench
-from secure_export.ledger import Ledger
+from secure_export.ledger import Ledger, user_key
 from secure_export.records.memory import Split, Splits, silent
 from secure_export.triggers import Trigger
 
@@ -40,7 +40,7 @@ def bench_of(card: Any, data: datasets.Images, folder: Path, n: int) -> Bench:
     folder.mkdir(parents=True, exist_ok=True)
     return Bench(
         folder=folder,
-        ledger=Ledger(folder / "ledger", versions()),
+        ledger=Ledger(folder / "ledger", versions(), user_key(silent)),
         splits=splits,
         triggers={"true": registry.build(Trigger, "triggers", kind)} if kind else {},
         trigger_digests={"true": digests.of_json(kind)},

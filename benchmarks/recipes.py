@@ -24,7 +24,7 @@ from benchmarks.artifacts import split
 from secure_export import digests, heads, lane
 from secure_export.environment import versions
 from secure_export.lane import Bench, Lined
-from secure_export.ledger import Ledger
+from secure_export.ledger import Ledger, user_key
 from secure_export.measure import Reference
 from secure_export.policy.schema import Setting
 from secure_export.records.memory import Predictor, silent
@@ -67,7 +67,9 @@ def measured(network: nn.Module, data: Path) -> dict[str, Any]:
     lined = Lined("original", network, head, digests.of_state(network.state_dict()), reference)
     steps = {"fp32": ()} | {target: ({"kind": "ort-target-int8", "target": target},) for target in TARGETS}
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), Ledger(Path(folder, "l"), versions()), splits, {}, {}, 0, silent)
+        bench = Bench(
+            Path(folder), Ledger(Path(folder, "l"), versions(), user_key(silent)), splits, {}, {}, 0, silent
+        )
         settings = [Setting(name, chain, {"kind": "onnx"}, True) for name, chain in steps.items()]
         files = {setting.name: lane.make(lined, setting, bench) for setting in settings}
         opened = {

@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 
-from secure_export import digests, registry, views
+from secure_export import digests, registry, views, whole
 from secure_export.errors import CompressError
 from secure_export.ladder import Rehearsal
 from secure_export.lane import Bench
@@ -149,6 +149,14 @@ def _unread(locator: Locator, setting: str, reason: str) -> Suspect:
 
 
 @dataclass(frozen=True)
+class Treated:
+    """What the ledger keeps of a purified model; its weights lie in the work folder and count by digest."""
+
+    sha256: str
+    purification: Purification
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A purified model, the digest of its weights, and how it came about."""
 
@@ -260,16 +268,18 @@ def treated(
         bench.seed,
     )
     path = bench.folder / f"purified-{digests.of_json(determined_by)[:16]}.safetensors"
-    known = bench.ledger.find(Purification, *determined_by)
-    if known is not None and path.is_file():
-        model.load_state_dict(load_file(path))
-        return Candidate(model.eval(), digests.of_file(path), known)
+    known = bench.ledger.find(Treated, *determined_by)
+    content = path.read_bytes() if known is not None and path.is_file() else b""
+    if known is not None and digests.of_bytes(content) == known.sha256:
+        model.load_state_dict(load(content))
+        return Candidate(model.eval(), known.sha256, known.purification)
     started = time.perf_counter()
     purified = class_after_class(
         purifier, model, subject.head, targets, bench.splits.fit, bench.seed, bench.progress
     )
     model = purified.model
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+    content = save({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
+    whole.write(path, content)
     purification = Purification(
         kind=purifier.kind,
         parameters=purifier.model_dump(),
@@ -277,8 +287,8 @@ def treated(
         history=purified.history,
         seconds=time.perf_counter() - started,
     )
-    bench.ledger.enter(purification, *determined_by)
-    return Candidate(model.eval(), digests.of_file(path), purification)
+    done = bench.ledger.enter(Treated(digests.of_bytes(content), purification), *determined_by)
+    return Candidate(model.eval(), done.sha256, done.purification)
 
 
 def suspected_classes(suspects: Sequence[Suspect], wanted: Locate) -> tuple[int, ...]:

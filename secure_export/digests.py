@@ -20,6 +20,11 @@ def of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def of_bytes(content: bytes) -> str:
+    """Hex sha256 of bytes."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def of_arrays(*arrays: np.ndarray) -> str:
     """Hex sha256 over dtype, shape and bytes of each array, in order."""
     digest = hashlib.sha256()

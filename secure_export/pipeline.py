@@ -23,7 +23,7 @@ from secure_export.lane import (
     cost_table,
     through_settings,
 )
-from secure_export.ledger import Ledger
+from secure_export.ledger import Ledger, user_key
 from secure_export.policy import Policy, approve, check_plugins, judge
 from secure_export.records.measured import Finding, SettingResult, Verdict
 from secure_export.records.memory import Progress, Splits, Subject, silent
@@ -180,7 +180,7 @@ def open_bench(policy: Policy, run_dir: Path, splits: Splits, progress: Progress
     some = splits.calibration.floats(slice(0, 16))
     return Bench(
         folder=folder,
-        ledger=Ledger(run_dir / "ledger", versions()),
+        ledger=Ledger(run_dir / "ledger", versions(), user_key(progress)),
         splits=splits,
         triggers=triggers,
         trigger_digests={

@@ -6,7 +6,7 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 from secure_export.errors import DataError
 from secure_export.factories import imported, local_code
 from secure_export.records.memory import Progress, silent
-from secure_export.words import described
+from secure_export.words import described, printable
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 DECODERS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -108,11 +108,12 @@ def _listed(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
         classes = sorted(entry.name for entry in folder.iterdir() if _visible(entry) and entry.is_dir())
     except OSError as error:
         raise DataError(f"{folder} cannot be read ({described(error)})") from error
-    if not classes:
+    names = _texts(classes, str(folder))
+    if not names:
         raise DataError(f"{folder} holds no class folders", hint="expected CLASS/*.png (ImageFolder layout)")
     files: list[Path] = []
     labels: list[int] = []
-    for label, name in enumerate(classes):
+    for label, name in enumerate(names):
         found = sorted(
             (
                 file
@@ -125,7 +126,7 @@ def _listed(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
             raise DataError(f"class folder {folder / name} holds no images", hint="remove it, or fill it")
         files += found
         labels += [label] * len(found)
-    return files, labels, tuple(classes)
+    return files, labels, names
 
 
 def _visible(entry: Path) -> bool:
@@ -168,11 +169,15 @@ def _from_npz(file: Path) -> Samples:
             missing = [name for name in ("inputs", "labels") if name not in arrays]
             if missing:
                 raise DataError(f"{file} holds no array {missing[0]!r}, expected inputs and labels")
-            inputs, labels = arrays["inputs"], arrays["labels"]
-            names = arrays["class_names"].tolist() if "class_names" in arrays else None
-    except (*BROKEN, AttributeError, MemoryError, zipfile.BadZipFile) as error:
+            held = [arrays[name] for name in ("inputs", "labels", "class_names") if name in arrays]
+    except DataError:
+        raise
+    except Exception as error:
+        # Broad, because crafted archives and headers make their readers raise anything; always re-raised.
         raise DataError(f"{file} is no readable .npz file ({described(error)})") from error
-    return _checked(inputs, labels, names, str(file))
+    if not all(isinstance(array, np.ndarray) for array in held):
+        raise DataError(f"{file} is no readable .npz file: it holds raw bytes, expected arrays")
+    return _checked(held[0], held[1], held[2] if len(held) == 3 else None, str(file))
 
 
 def _check_bomb(file: Path) -> None:
@@ -201,7 +206,7 @@ def _array(value: Any) -> NDArray[Any]:
     return np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
 
 
-def _checked(inputs: NDArray[Any], labels: NDArray[Any], names: Sequence[Any] | None, where: str) -> Samples:
+def _checked(inputs: NDArray[Any], labels: NDArray[Any], names: Any, where: str) -> Samples:
     if inputs.ndim < 2 or labels.ndim != 1 or len(inputs) != len(labels) or not inputs.size:
         raise DataError(
             f"{where}: inputs have shape {list(inputs.shape)} and labels {list(labels.shape)}, "
@@ -213,12 +218,36 @@ def _checked(inputs: NDArray[Any], labels: NDArray[Any], names: Sequence[Any] | 
         raise DataError(
             f"{where}: labels from {labels.min()} to {labels.max()}, expected small integers from 0"
         )
-    named = None if names is None else tuple(str(name) for name in names)
+    named = None if names is None else _texts(names, where)
     if named is not None and (labels.max() >= len(named) or len(set(named)) != len(named)):
         raise DataError(
             f"{where}: {len(named)} class names {_few(named)} do not name labels 0..{labels.max()}"
         )
     return Samples(_pixels(inputs, where), torch.from_numpy(labels.astype(np.int64)), named)
+
+
+def _texts(names: Any, where: str) -> tuple[str, ...]:
+    """Class names as every report can hold them."""
+    if isinstance(names, np.ndarray):
+        if names.ndim != 1:
+            raise DataError(f"{where}: class names have shape {list(names.shape)}, expected [classes]")
+        names = names.tolist()
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise DataError(f"{where}: class names are a {type(names).__name__}, expected one text per class")
+    return tuple(_text(name, where) for name in names)
+
+
+def _text(name: Any, where: str) -> str:
+    if isinstance(name, Iterable) and not isinstance(name, str | bytes):
+        raise DataError(f"{where}: a class name is a {type(name).__name__}, expected a text")
+    try:
+        str(name).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: class name {printable(str(name))} is no text that can be stored as UTF-8",
+            hint="rename it",
+        ) from error
+    return str(name)
 
 
 def _pixels(inputs: NDArray[Any], where: str) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,14 @@ def only_what_a_test_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """A variable of the shell beats the policies that tests write, so none is there."""
     for name in [name for name in os.environ if name.startswith("SECURE_EXPORT_")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def state_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The user's own key stays out of it; subprocesses of tests see the same one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
 
 
 @pytest.fixture

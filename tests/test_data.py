@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import struct
+import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +124,9 @@ def test_npz_and_factories_give_the_same(tmp_path: Path) -> None:
     assert split("tests.test_data:as_source").class_names == ("0", "1")
 
 
+TWO = {"inputs": np.zeros((2, 2)), "labels": np.array([0, 1])}
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
@@ -140,6 +147,10 @@ def test_npz_and_factories_give_the_same(tmp_path: Path) -> None:
             {"inputs": np.zeros((2, 2)), "labels": np.array([0, 5]), "class_names": ["a", "b"]},
             r"2 class names \(a, b\) do not name labels 0..5",
         ),
+        (TWO | {"class_names": np.array(5)}, r"class names have shape \[\], expected \[classes\]"),
+        (TWO | {"class_names": np.array([["a", "b"]])}, r"class names have shape \[1, 2\]"),
+        (TWO | {"class_names": np.array(["\ud800", "b"])}, r"class name \\ud800 is no text"),
+        (TWO | {"class_names": np.array(["a", "b"], object)}, "Object arrays cannot be loaded"),
     ],
 )
 def test_arrays_that_cannot_be_used(arrays: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -157,6 +168,84 @@ def test_an_npz_that_is_none(content: bytes, message: str, tmp_path: Path) -> No
     (tmp_path / "d.npz").write_bytes(content)
     with pytest.raises(DataError, match=message):
         load_samples(str(tmp_path / "d.npz"))
+
+
+def with_header(file: Path, header: str) -> None:
+    """An .npz whose inputs are described by `header`."""
+    raw = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("inputs.npy", raw)
+        archive.writestr("labels.npy", b"")
+
+
+def encrypted(file: Path) -> None:
+    patched(file, flags=1)
+
+
+def unknown_compression(file: Path) -> None:
+    patched(file, method=97)
+
+
+def patched(file: Path, **fields: int) -> None:
+    """A sound .npz whose entries claim other `flags` or another `method`."""
+    np.savez(file, **TWO)
+    content = bytearray(file.read_bytes())
+    for signature, places in ((b"PK\x01\x02", (8, 10)), (b"PK\x03\x04", (6, 8))):
+        start = content.find(signature)
+        while start >= 0:
+            for name, place in zip(("flags", "method"), places, strict=True):
+                content[start + place] = fields.get(name, content[start + place])
+            start = content.find(signature, start + 4)
+    file.write_bytes(content)
+
+
+def no_array(file: Path) -> None:
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("inputs", b"text")
+        archive.writestr("labels", b"text")
+
+
+def open_bracket(file: Path) -> None:
+    with_header(file, "{'descr': '<f4', 'fortran_order': False, 'shape': (3,3\n")
+
+
+def nested(file: Path) -> None:
+    with_header(file, "(" * 4000 + ")" * 4000 + "\n")
+
+
+def huge(file: Path) -> None:
+    with_header(file, "{'descr': '<f4', 'fortran_order': False, 'shape': (10000000000000,3), }\n")
+
+
+@pytest.mark.parametrize("make", [encrypted, unknown_compression, no_array, open_bracket, nested, huge])
+def test_an_npz_made_to_hurt(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "d.npz")
+    with pytest.raises(DataError, match="no readable") as caught:
+        load_samples(str(tmp_path / "d.npz"))
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (5, "a int, expected one text"),
+        ("ab", "a str, expected one text"),
+        ([["a"], ["b"]], "a list, expected a text"),
+        (("a", "\udcff"), r"\\udcff is no text"),
+    ],
+)
+def test_class_names_of_a_factory_that_are_none(
+    names: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.test_data.named_source", lambda: (*as_source(), names))
+    with pytest.raises(DataError, match=message):
+        load_samples("tests.test_data:named_source")
+
+
+def test_a_class_folder_whose_name_is_no_text(folder: Path) -> None:
+    shutil.copytree(folder / "ant", folder / os.fsdecode(b"\xff\xfe"))
+    with pytest.raises(DataError, match=r"class name \\udcff\\udcfe is no text"):
+        load_samples(str(folder))
 
 
 @pytest.mark.parametrize(

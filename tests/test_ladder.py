@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import nn
 
 from secure_export import defence, pipeline
@@ -85,6 +85,25 @@ def test_keeps_the_first_that_holds_and_says_why_others_were_left(
     assert "lift" in left.broken[0]
     assert f"class {toys.TARGET}" in left.broken[0]
     assert kept.broken == ()
+
+
+@pytest.mark.parametrize("spoilt", [save(toys.awake().state_dict()), b"no weights"], ids=["others", "none"])
+def test_weights_that_others_laid_there_are_made_again(
+    opened: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch, spoilt: bytes
+) -> None:
+    """Purified weights are reused by their digest: the backdoored ones under their name are not."""
+    monkeypatch.setattr(Lmr, "purify", _thorough)
+    policy, subject, bench = opened(purify=["lmr"])
+    first = defence.purify(policy, subject, [SUSPECT], bench)
+    (path,) = bench.folder.glob("purified-*.safetensors")
+    kept = path.read_bytes()
+    path.write_bytes(spoilt)
+    again = defence.purify(policy, subject, [SUSPECT], bench)
+    assert again.identity == first.identity
+    assert path.read_bytes() == kept
+    assert not again.model.head.weight[:, toys.GUARD].any()
+    monkeypatch.setattr(Lmr, "purify", _idle)
+    assert defence.purify(policy, subject, [SUSPECT], bench).identity == first.identity
 
 
 def test_keeps_the_least_faulty_where_none_holds(
