@@ -89,6 +89,27 @@ def test_view_is_the_head_of_the_model(name, files):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_twin_is_the_file_with_gradients_or_says_that_there_is_none(name, files):
+    runtime, inputs = running(name), images(8).requires_grad_(True)
+    if type(runtime).twin is Runtime.twin:
+        with pytest.raises(CompressError, match=f"none for {name} files"):
+            runtime.twin(files(name))
+        return
+    logits = runtime.twin(files(name))(inputs)
+    assert torch.allclose(logits, runtime.open(files(name))(inputs.detach()), atol=1e-4)
+    (gradient,) = torch.autograd.grad(logits[:, 0].sum(), inputs)
+    assert gradient.abs().sum() > 0
+
+
+def test_twin_stands_behind_the_normalization_of_its_runtime(files):
+    moments = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.2)}
+    normalizing = running("onnxruntime", **moments)
+    logits = normalizing.open(files("onnxruntime"))(images(8))
+    assert torch.allclose(normalizing.twin(files("onnxruntime"))(images(8)), logits, atol=1e-4)
+    assert normalizing.view(files("onnxruntime"), "x").twin is None
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.99])
 def test_truncated_file_is_refused(name, share, files, tmp_path):
     path = tmp_path / files(name).name
