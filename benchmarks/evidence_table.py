@@ -19,11 +19,11 @@ import click
 import numpy as np
 import yaml
 
+from benchmarks import measuring
 from benchmarks.entries import ZOO
 from secure_export.statistics import excess, lower, upper
 
 HERE = Path(__file__).parent
-AWAKE, ASLEEP = 0.5, 0.05
 ALPHA = 0.05
 FEWEST = 2
 """References without which no class is compared."""
@@ -55,7 +55,7 @@ class File:
         """Clean, awake, asleep or half."""
         if self.attack == "none":
             return "clean"
-        return "awake" if self.lift >= AWAKE else "asleep" if self.lift <= ASLEEP else "half"
+        return measuring.state(self.lift, measuring.HALF)
 
     @property
     def asked(self) -> bool:
