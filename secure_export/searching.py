@@ -22,7 +22,7 @@ SUREST = 0.999
 
 
 @dataclass(frozen=True)
-class Searched:
+class Finds:
     """One trigger per class, and how far the search came."""
 
     free: Free
@@ -70,7 +70,7 @@ def search(
     against: Logits | None = None,
     seconds: float | None = None,
     progress: Progress = silent,
-) -> Searched:
+) -> Finds:
     """One universal trigger into each of `classes`, from noise or (warm) from `start`, one row per class.
 
     Minimizes the cross-entropy to the class over fit samples of other classes (Neural Cleanse, eq. 3), and
@@ -82,12 +82,12 @@ def search(
     work = _Work(logits, fit, probe, against, generator, deadline, progress)
     # More classes than fit into a batch are searched one group after another.
     group = max(1, MOST_ROWS // (probe.images * probe.starts))
-    parts: list[Searched] = []
+    parts: list[Finds] = []
     for first in range(0, len(classes), group):
         some = classes[first : first + group]
         warm = None if start is None else [variable[first : first + group] for variable in start]
         parts.append(_group(work, some, warm))
-    return Searched(
+    return Finds(
         free=[torch.cat(variables) for variables in zip(*(part.free for part in parts), strict=True)],
         classes=tuple(classes),
         lift=tuple(lift for part in parts for lift in part.lift),
@@ -97,7 +97,7 @@ def search(
     )
 
 
-def _group(work: _Work, classes: Sequence[int], warm: Free | None) -> Searched:
+def _group(work: _Work, classes: Sequence[int], warm: Free | None) -> Finds:
     probe = work.probe
     starts = 1 if warm is not None else probe.starts
     targets = torch.tensor(classes).repeat_interleave(starts)
@@ -123,7 +123,7 @@ def _group(work: _Work, classes: Sequence[int], warm: Free | None) -> Searched:
         else:
             contrast = contrasted(work.logits, work.against, judged, made, targets)
             best, asked = _best(contrast, starts), 3 * asked
-    return Searched(
+    return Finds(
         free=[variable[best] for variable in free],
         classes=tuple(classes),
         lift=tuple(lift[i] for i in best),
@@ -226,7 +226,7 @@ def queried(
     start: Free | None = None,
     seconds: float | None = None,
     progress: Progress = silent,
-) -> Searched:
+) -> Finds:
     """As search(), by asking a file that gives no gradient: a proposal stays when its loss is lower.
 
     One random change at a time, smaller ones towards the end (as the Square Attack, Andriushchenko et al.
@@ -253,7 +253,7 @@ def queried(
     judged = judged_on(fit, generator)
     lift = tuple(paired for _, paired in counted(logits, judged, probe.perturbation(free, shape), targets))
     forwards += len(judged) * (len(classes) + 1)
-    return Searched(free, tuple(classes), lift, done, forwards, len(classes))
+    return Finds(free, tuple(classes), lift, done, forwards, len(classes))
 
 
 def _losses(logits: Logits, asked: Split, probe: Probe, free: Free, targets: Tensor) -> Tensor:
