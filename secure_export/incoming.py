@@ -18,7 +18,6 @@ import torch
 
 from secure_export import digests, lane, loading, onnx_files, twins
 from secure_export.errors import CompressError, LoadError
-from secure_export.evidence.files import mixing_of
 from secure_export.lane import Bench
 from secure_export.measure import Reference, logits_of
 from secure_export.perturbations import as_samples
@@ -28,6 +27,7 @@ from secure_export.records.memory import Predictor
 from secure_export.records.reported import SubjectInfo
 from secure_export.runtimes import Options, _worker, runtime
 from secure_export.runtimes.torch_eager import from_module
+from secure_export.twins.mixing import mixing_of
 from secure_export.words import printable
 
 if TYPE_CHECKING:

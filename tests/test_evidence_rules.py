@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from secure_export.errors import PolicyError
 from secure_export.policy import judge
-from secure_export.policy.evidence import MODES, Metric
+from secure_export.policy.limits import MODES, Metric
 from secure_export.policy.presets import PRESETS
 from secure_export.records.measured import Count, Finding, Paired
 from secure_export.records.reported import Report

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from benchmarks import networks
 from secure_export import twins
-from secure_export.evidence.files import mixing_of
 from secure_export.formats.onnx import Onnx
-from secure_export.twins.mixing import mixing
+from secure_export.twins.mixing import mixing, mixing_of
 from tests import compression
 from tests.gating import FLOAT, array, small
 

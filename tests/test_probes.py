@@ -17,7 +17,7 @@ from secure_export.probes.patch import Patch
 from secure_export.probes.warp import Warp
 from secure_export.probes.wave import Wave
 from secure_export.records.memory import Split
-from secure_export.searching import Searched, queried, search
+from secure_export.searching import Finds, queried, search
 from secure_export.triggers import Trigger
 from tests import toys
 
@@ -79,7 +79,7 @@ def toy_split() -> Split:
     return Split(torch.tensor(inputs), torch.tensor(labels), "toy")
 
 
-def lift(found: Searched, target_class: int) -> float:
+def lift(found: Finds, target_class: int) -> float:
     return found.lift[found.classes.index(target_class)].difference
 
 

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from secure_export import registry
 from secure_export.errors import PolicyError
-from secure_export.policy.schema import COMPARING, Policy, Setting
+from secure_export.policy.limits import COMPARING
+from secure_export.policy.schema import Policy, Setting
 from secure_export.policy.yaml import Loc, Problem
 
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@=+-]{0,149}")

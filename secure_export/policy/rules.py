@@ -15,7 +15,8 @@ from secure_export.policy._readings import Reading, decide, message, severity
 from secure_export.policy.builtin import builtin_findings, measured, suspected
 from secure_export.policy.check import for_artifact
 from secure_export.policy.evidence_rules import evidence_findings
-from secure_export.policy.schema import ARTIFACT, PER_TRIGGER, Policy, Rule, Setting
+from secure_export.policy.limits import PER_TRIGGER, Rule
+from secure_export.policy.schema import ARTIFACT, Policy, Setting
 from secure_export.records.measured import Count, Finding, Measurement, Outcome, Paired, Verdict
 from secure_export.records.reported import Report
 

@@ -12,8 +12,9 @@ from secure_export.records.reported import Report
 from secure_export.words import plural
 
 COLUMNS = ("ACC", "ACC drop", "worst lift", "worst ASR", "lowest RA", "agreement", "size", "ms/sample")
-COLLAPSED_SHARE = 0.5
-"""Above this share of predictions in one class a model is marked as collapsed."""
+ONE_CLASS_SHARE = 0.5
+"""Above this share of predictions a row is marked as collapsed. A mark for the reader and nothing else: what
+locators and searches leave out is told on fit, by limits of their own."""
 HEADLINES = {"released": "Released", "refused": "Refused", "no_verdict": "No verdict"}
 
 _AT_RATIO = re.compile(r"^(?P<before>.+?)@(?P<ratio>\d*\.?\d+)(?P<after>.*)$")
@@ -104,9 +105,9 @@ def lowest_ra(measurement: Measurement) -> Worst | None:
     return min(found, key=lambda w: w.value, default=None)
 
 
-def collapsed(measurement: Measurement) -> bool:
+def in_one_class(measurement: Measurement) -> bool:
     """Whether most predictions fall into one class."""
-    return measurement.top_share.rate > COLLAPSED_SHARE
+    return measurement.top_share.rate > ONE_CLASS_SHARE
 
 
 def class_label(report: Report, index: int) -> str:
@@ -150,7 +151,7 @@ def _rows(report: Report) -> Iterator[Row]:
                 lane="as received" if as_received(report) else result.lane,
                 span=len(results) if result is results[0] else 0,
                 released=setting.released,
-                collapsed=measurement is not None and collapsed(measurement),
+                collapsed=measurement is not None and in_one_class(measurement),
                 cells=_cells(report, result, measurement) if measurement is not None else (),
                 unmeasured=""
                 if measurement is not None

@@ -104,7 +104,7 @@ def _curve(
         measurement = getattr(points[ratio], lane).measurement
         value = None if measurement is None else reading.read(measurement)
         values.append(float("nan") if value is None else value)
-        fallen.append(measurement is not None and tables.collapsed(measurement))
+        fallen.append(measurement is not None and tables.in_one_class(measurement))
     colour, style = (ORIGINAL, (0, (4, 2))) if lane == "original" else (PURIFIED, "solid")
     axes.plot(ratios, values, color=colour, linestyle=style, label=lane, zorder=3)
     for marker, wanted in (("o", False), ("X", True)):
