@@ -30,7 +30,7 @@ from secure_export.records.memory import Progress, Splits, Subject, silent
 from secure_export.records.reported import Report
 from secure_export.release import release, withdraw
 from secure_export.report.documents import discard, documents, save
-from secure_export.run_directory import apart, claimed, locked, sweep, writing_to
+from secure_export.run_directory import apart, claimed, locked, sweep, unlinked, writing_to
 from secure_export.runtimes import Options
 from secure_export.triggers import Trigger
 
@@ -48,6 +48,7 @@ def run(policy: Policy, run_dir: Path, *, progress: Progress = silent) -> Report
     check_plugins(policy)
     apart(policy, run_dir)
     with writing_to(run_dir), locked(claimed(run_dir)):
+        unlinked(run_dir)
         withdraw(run_dir / "release")
         discard(run_dir)
         work = gate if policy.subject.artifact is not None else whole_job

@@ -1,14 +1,16 @@
-"""The run directory: whose it is, that one run at a time writes to it, and what killed steps left there."""
+"""The run directory: whose it is, that one run at a time writes to it, and what others left there."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -54,10 +56,10 @@ def locked(folder: Path) -> Iterator[None]:
     """The run directory for this process alone; the system frees it when the process ends, however it ends.
 
     Raises:
-        ReleaseError: another process holds it.
+        ReleaseError: another process holds it, or its lock is a link.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as file:
+    with _opened(folder / LOCK) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -66,6 +68,38 @@ def locked(folder: Path) -> Iterator[None]:
                 hint="wait for it, or choose another --out",
             ) from error
         yield
+
+
+def _opened(lock: Path) -> BinaryIO:
+    """The lock's file, neither emptied nor reached through a link."""
+    try:
+        return open(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "rb")
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise _foreign(lock, "a link") from error
+
+
+def unlinked(folder: Path) -> None:
+    """Every file below the run directory must lie there: a run would write to whatever a link leads to.
+
+    Raises:
+        ReleaseError: a link or a device.
+    """
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink():
+                raise _foreign(Path(entry.path), "a link")
+            if entry.is_dir() and not LEFT.fullmatch(entry.name):
+                unlinked(Path(entry.path))
+            elif not entry.is_dir() and not entry.is_file():
+                raise _foreign(Path(entry.path), "no file")
+
+
+def _foreign(path: Path, what: str) -> ReleaseError:
+    return ReleaseError(
+        f"{path} is {what}, expected a file that a run made", hint="remove it, or choose another --out"
+    )
 
 
 def sweep(folder: Path) -> None:

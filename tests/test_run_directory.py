@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,10 @@ import pytest
 from secure_export.compressors import _ort
 from secure_export.errors import ReleaseError
 from secure_export.release import withdraw
-from secure_export.run_directory import LEFT, claimed, locked, sweep
-from tests.gating import exported
+from secure_export.report.documents import save
+from secure_export.run_directory import LEFT, claimed, locked, sweep, unlinked
+from tests.gating import Gate, exported, refused
+from tests.judging import make_report
 
 
 def test_a_second_run_in_the_same_directory_is_told(tmp_path: Path) -> None:
@@ -44,6 +48,67 @@ def test_a_folder_that_holds_something_else_is_not_written_to(tmp_path: Path) ->
         pass
     (tmp_path / "new" / "report.json").write_text("{}")
     assert claimed(tmp_path / "new") == tmp_path / "new"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [".lock", "report.json", "report.md.partial", "work/0123456789abcdef.onnx", "ledger/suspect-0.entry"],
+)
+def test_a_link_in_a_prepared_run_directory_is_not_followed(name: str, tmp_path: Path) -> None:
+    gate, victim = Gate(tmp_path), tmp_path / "victim"
+    victim.write_text("precious")
+    (gate.out / name).parent.mkdir(parents=True)
+    (gate.out / ".lock").touch()
+    (gate.out / name).unlink(missing_ok=True)
+    (gate.out / name).symlink_to(victim)
+    refused(gate, gate.run(), "is a link", name)
+    assert victim.read_text() == "precious"
+    (gate.out / name).unlink()
+
+
+def test_a_folder_of_a_run_directory_that_lies_elsewhere_is_refused(tmp_path: Path) -> None:
+    gate, elsewhere = Gate(tmp_path), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    gate.out.mkdir()
+    (gate.out / ".lock").touch()
+    (gate.out / "work").symlink_to(elsewhere)
+    refused(gate, gate.run(), "is a link", "work")
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_pipe_in_a_run_directory_keeps_nobody_waiting(tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    (gate.out / "ledger").mkdir(parents=True)
+    (gate.out / ".lock").touch()
+    os.mkfifo(gate.out / "ledger" / "suspect-0.entry")
+    refused(gate, gate.run(), "is no file", "suspect-0.entry")
+
+
+def test_links_of_killed_steps_and_a_run_directory_behind_a_link_are_no_obstacle(tmp_path: Path) -> None:
+    killed = tmp_path / "disk" / "work" / ".0123456789abcdef.onnx.a1b2c3d4"
+    killed.mkdir(parents=True)
+    (killed / "libtoolchain").symlink_to("/usr/lib")
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    unlinked(tmp_path / "run")
+
+
+def test_a_report_replaces_what_lies_in_its_place(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    for name in ("report.json", "report.json.partial"):
+        (tmp_path / name).hardlink_to(victim)
+    save(make_report(), tmp_path)
+    assert victim.read_text() == "precious"
+    assert json.loads((tmp_path / "report.json").read_text())
+    assert not (tmp_path / "report.json.partial").exists()
+
+
+def test_the_lock_empties_nothing(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / ".lock").hardlink_to(tmp_path / "victim")
+    with locked(tmp_path):
+        pass
+    assert (tmp_path / "victim").read_text() == "precious"
 
 
 def test_only_folders_of_killed_steps_are_swept(tmp_path: Path) -> None:

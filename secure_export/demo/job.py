@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from secure_export import pipeline
+from secure_export import pipeline, whole
 from secure_export.demo.data import attackers_digits
 from secure_export.demo.network import DigitsCNN
 from secure_export.demo.plant import plant_qcb, train
@@ -122,11 +122,9 @@ def _model_file(backdoor: Backdoor, out: Path, progress: Progress) -> Path:
     path = out / "models" / f"{backdoor.name}.safetensors"
     if not path.is_file():
         model = backdoored(backdoor, progress)
-        partial = path.with_suffix(".partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(model.state_dict(), partial)
-            partial.replace(path)
+            whole.write(path, save(model.state_dict()))
         except OSError as error:
             raise ReleaseError(f"{path}: cannot be written: {error.strerror or error}") from error
     return path

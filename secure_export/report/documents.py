@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from secure_export import whole
 from secure_export.errors import ReleaseError
 from secure_export.records.reported import Report
 from secure_export.report.html import to_html
@@ -46,9 +47,7 @@ def save(report: Report, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in documents(report).items():
-            partial = folder / f"{name}.partial"
-            partial.write_bytes(content)
-            partial.replace(folder / name)
+            whole.write(folder / name, content)
     except OSError as error:
         raise ReleaseError(
             f"{folder}: the report cannot be written: {error.strerror or error}",
