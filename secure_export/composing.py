@@ -26,9 +26,12 @@ from secure_export.runtimes import runtime
 from secure_export.words import printable
 
 UNSEARCHED = "that no trigger exists: only the triggers listed above were applied"
-SEARCHED = "that no trigger exists: the searches reach no further than the listed budgets"
+SEARCHED = (
+    "that no trigger exists: the searches reach no further than the listed budgets, and rules count the "
+    "samples of all classes together"
+)
 NOT_SHOWN = (
-    "anything about runtimes, compression settings or CPUs that are not named here",
+    "anything about runtimes, their options, compression settings or CPUs that are not named here",
     "anything about inputs unlike the clean samples",
 )
 
