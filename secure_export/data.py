@@ -201,7 +201,11 @@ def _keys(*sources: Samples | None) -> list[NDArray[np.bytes_]]:
 
 
 def _bytes(row: Tensor, mixed: bool) -> bytes:
-    return (row.float().div(255) if mixed and not row.is_floating_point() else row).numpy().tobytes()
+    if row.is_floating_point():
+        row = row + 0.0  # -0.0 is the same pixel as 0.0
+    elif mixed:
+        row = row.float().div(255)
+    return row.numpy().tobytes()
 
 
 def _relabelled(samples: Samples, class_names: Sequence[str] | None) -> Samples:
