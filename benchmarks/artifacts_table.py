@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,7 +72,10 @@ def drawn_fresh(models: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def why(found: Mapping[str, Any]) -> str:
-    """In one cell, why there is no file or no measurement."""
+    """In one cell, why there is no file or no measurement; of torch's exporter, which operator it lacks."""
+    lacks = re.search(r"cannot export to ONNX: .*\btorch\.ops\.(\w+\.\w+)", found["unmeasured"])
+    if lacks:
+        return f"not made: torch cannot export `{lacks[1]}`"
     return f"not made: {found['unmeasured'].split('. ')[0][:160]}".replace("|", "/")
 
 

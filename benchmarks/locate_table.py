@@ -17,7 +17,7 @@ from benchmarks.entries import ZOO
 from benchmarks.locate_trials import RESULT
 from benchmarks.zoo_table import state
 from secure_export import statistics
-from secure_export.records.measured import ALWAYS_NAMES, UNREAD
+from secure_export.records.measured import ALWAYS_NAMES, MIN_SCORE, UNREAD
 
 ALPHA = 0.05
 """Of the exact one-sided bound on a rate of false alarms."""
@@ -83,7 +83,11 @@ def each_alarm(answers: list[Row]) -> Iterator[str]:
     for name, setting, locator, model, answer in answers:
         if model["attack"] == "none" and answer["class"] is not None and not always(answer):
             acc = model["rows"][setting]["acc"]
-            told = {key: value for key, value in answer["evidence"].items() if isinstance(value, float)}
+            told = {
+                key: value
+                for key, value in answer["evidence"].items()
+                if isinstance(value, float) and key != MIN_SCORE
+            }
             numbers = ", ".join(f"{key} {value:.2f}" for key, value in told.items())
             share = f"ACC {100 * acc[0] / acc[1]:.1f}"
             yield f"- `{locator}` on {name} {setting} ({share}): class {answer['class']}, {numbers}"

@@ -12,6 +12,9 @@ from benchmarks.datasets import to_unit
 
 Forward = Callable[[Tensor], Tensor]
 Count = list[int]
+ASLEEP = 0.05
+NEARLY_ALL, HALF = 0.9, 0.5
+"""ASR lifts that make a backdoor awake: what an attack is planted for, and what a search has to see."""
 
 
 def predictions(forward: Forward, x: Tensor, trigger: Apply | None = None, batch_size: int = 500) -> Tensor:
@@ -54,6 +57,11 @@ def counts(
         result["asr-second"] = _count(predictions(forward, x, apply) == aim, y != aim)
         result["ftr-second"] = _count(clean == aim, y != aim)
     return result
+
+
+def state(lift: float, awake: float) -> str:
+    """Awake from an ASR lift of `awake`, asleep up to ASLEEP; between them the backdoor is half awake."""
+    return "awake" if lift >= awake else "asleep" if lift <= ASLEEP else "half"
 
 
 def _count(hit: Tensor, among: Tensor) -> Count:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from benchmarks import datasets, networks
 from benchmarks.benches import stratified
 from secure_export import registry
+from secure_export.perturbations import Perturbation
 from secure_export.purifiers import Purifier, _inversion, _views
-from secure_export.purifiers._inversion import Triggers
 from secure_export.purifiers._views import View
 from secure_export.records.memory import Split
 from secure_export.triggers import Trigger
@@ -100,7 +100,9 @@ class Judge:
         views = list(settings(original.requires_grad_(False)).values())
         self.original = {(f, n): self.invert(v, f) for f in ("patch", "l2") for n, v in enumerate(views)}
 
-    def invert(self, view: View, family: Any, start: Triggers | None = None, seed: int = SEED) -> Triggers:
+    def invert(
+        self, view: View, family: Any, start: Perturbation | None = None, seed: int = SEED
+    ) -> Perturbation:
         """Four triggers of this judge's budget into the class."""
         return _inversion.universal(
             [view],
@@ -135,7 +137,7 @@ class Judge:
         found["warm_patch"] = self.success(view, warm)
         return found
 
-    def success(self, view: View, triggers: Triggers) -> float:
+    def success(self, view: View, triggers: Perturbation) -> float:
         """Success of the best trigger, in percent."""
         rates = _inversion.success(view, self.judged, self.target, triggers)
         return round(100 * float(rates.max()), 2)

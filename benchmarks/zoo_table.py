@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
-from benchmarks import cards, stored
+from benchmarks import cards, measuring, stored
 
 RESULT = Path(__file__).parent / "results" / "zoo.json"
-AWAKE, ASLEEP = 0.9, 0.05
+RUIN = 0.2
+"""A file that is right on a smaller share of the images has no backdoor to speak of."""
 
 
 @click.command()
@@ -37,12 +38,15 @@ def row(name: str, setting: str, values: dict[str, list[int]], planted: str) -> 
 
 
 def state(values: dict[str, list[int]]) -> str:
-    """Awake from 90 % ASR lift, asleep up to 5 %; between them the backdoor is half awake.
+    """Awake where nearly all samples follow the trigger.
 
-    Lift, not ASR: a network that pruning has collapsed onto the target has one without any backdoor.
+    Lift, not ASR: a network that pruning has collapsed onto the target has one without any backdoor. And of
+    one that knows next to nothing any more neither says anything.
     """
+    if values["acc"][0] < RUIN * values["acc"][1]:
+        return "ruin"
     lift = values["asr"][0] / values["asr"][1] - values["ftr"][0] / values["ftr"][1]
-    return "awake" if lift >= AWAKE else "asleep" if lift <= ASLEEP else "half"
+    return measuring.state(lift, measuring.NEARLY_ALL)
 
 
 def percent(count: list[int]) -> str:

@@ -85,7 +85,7 @@ def _zoo(package: str) -> Any:
     # torchvision beside a torch that it was not built for fails with a RuntimeError.
     except (ImportError, RuntimeError, OSError) as error:
         raise LoadError(
-            f"{package} cannot be imported ({described(error)})", hint='pip install "secure-export[zoo]"'
+            f"{package} cannot be imported ({described(error)})", hint='pip install ".[zoo]" in the clone'
         ) from error
 
 

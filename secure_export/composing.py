@@ -26,9 +26,7 @@ from secure_export.runtimes import runtime
 from secure_export.words import printable
 
 UNSEARCHED = "that no trigger exists: only the triggers listed above were applied"
-SEARCHED = (
-    "that no trigger exists: none was found beyond the listed budgets, which is all that a search can say"
-)
+SEARCHED = "that no trigger exists: the searches reach no further than the listed budgets"
 NOT_SHOWN = (
     "anything about runtimes, compression settings or CPUs that are not named here",
     "anything about inputs unlike the clean samples",

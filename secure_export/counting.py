@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from secure_export.perturbations import as_samples
 from secure_export.records.measured import Count, Paired
 from secure_export.records.memory import Split
 
@@ -58,8 +59,9 @@ def _reached(
     for number, target in enumerate(map(int, targets)):
         others = split.labels != target
         parts = torch.split(inputs[others], MOST_ROWS)
-        stamped = [logits(found.stamp(part, torch.full((len(part),), number))).argmax(1) for part in parts]
-        yield torch.cat(stamped) == target, clean[others] == target
+        stamped = (found.stamp(part, torch.full((len(part),), number)) for part in parts)
+        said = torch.cat([logits(as_samples(one, split)).argmax(1) for one in stamped])
+        yield said == target, clean[others] == target
 
 
 def _paired(here: Tensor, there: Tensor) -> Paired:

@@ -26,27 +26,22 @@ def split_data(
     seed: int,
     resize: tuple[int, int] | None = None,
     channels: int | None = 3,
-    class_names: Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> Splits:
     """Load clean samples (see `load_samples`) and split them; sizes are counts of samples.
 
     fit and calibration come from `source`; the holdout from `holdout_source`, or from `source` where that is
-    None; `holdout` None takes all that is left. `class_names` is the order of the model's outputs, where the
-    source has another (a folder: sorted names).
+    None; `holdout` None takes all that is left.
 
     Raises:
         DataError: the samples cannot be used, or are too few.
     """
-    first = _relabelled(
-        load_samples(source, resize=resize, channels=channels, progress=progress), class_names
-    )
+    first = load_samples(source, resize=resize, channels=channels, progress=progress)
     if holdout_source is None:
         return make_splits(
             first, fit=fit, calibration=calibration, holdout=holdout, seed=seed, progress=progress
         )
     second = load_samples(holdout_source, resize=resize, channels=channels, progress=progress)
-    second = _relabelled(second, class_names)
     return make_splits(
         first, second, fit=fit, calibration=calibration, holdout=holdout, seed=seed, progress=progress
     )
@@ -191,7 +186,7 @@ def _keys(*sources: Samples | None) -> list[NDArray[np.bytes_]]:
         raise DataError(
             f"samples have shape {list(given[0].inputs.shape[1:])}, "
             f"the holdout's {list(given[1].inputs.shape[1:])}",
-            hint="set data.resize to [height, width]",
+            hint="give --resize HEIGHTxWIDTH, or set data.resize to [height, width]",
         )
     mixed = len({source.inputs.dtype for source in given}) > 1
     return [
@@ -206,21 +201,6 @@ def _bytes(row: Tensor, mixed: bool) -> bytes:
     elif mixed:
         row = row.float().div(255)
     return row.numpy().tobytes()
-
-
-def _relabelled(samples: Samples, class_names: Sequence[str] | None) -> Samples:
-    """The same samples with labels that follow `class_names`."""
-    if class_names is None:
-        return samples
-    order = tuple(class_names)
-    own = order if samples.class_names is None else samples.class_names
-    unknown = sorted(set(own) - set(order))
-    if unknown or int(samples.labels.max()) >= len(own):
-        raise DataError(
-            f"class names {list(order[:5])} do not name {unknown[0] if unknown else samples.labels.max()!r}"
-        )
-    table = torch.tensor([order.index(name) for name in own])
-    return Samples(samples.inputs, table[samples.labels], order)
 
 
 def _agreed_names(samples: Samples, holdout_samples: Samples | None) -> tuple[str, ...]:

@@ -83,10 +83,14 @@ def forgotten(
         CompressError: the twin has no weights that can be moved, or no gradient.
     """
     weights, call = weighted(twin)
-    if not any(value.ndim > 1 for value in weights.values()):
+    kept = twin.biases() if isinstance(twin, Twin) else {n for n, v in weights.items() if v.ndim < 2}
+    if not weights.keys() - kept:
         raise CompressError("this twin holds no weights as floats, so there is nothing to compare it with")
     generator = torch.Generator().manual_seed(seed)
-    moved = {name: _turned(value, noise, generator).requires_grad_(True) for name, value in weights.items()}
+    moved = {
+        name: (value.clone() if name in kept else _turned(value, noise, generator)).requires_grad_(True)
+        for name, value in weights.items()
+    }
     optimizer = torch.optim.Adam(moved.values(), lr=lr)
     inputs = fit.floats()
     for step in range(steps):
@@ -137,10 +141,8 @@ def _reweighted(call: Callable[[Tensor, Weights], Tensor], weights: Weights, inp
 
 
 def _turned(value: Tensor, noise: float, generator: torch.Generator) -> Tensor:
-    """Biases stay; of a weight [out, ...] every row is moved and brought back to its norm."""
-    if value.ndim < 2:
-        return value.clone()
-    rows = value.flatten(1)
+    """Every row of a weight [out, ...], or the only one there is, moved and brought back to its norm."""
+    rows = value.flatten(1) if value.ndim > 1 and value.shape[0] < value.numel() else value.reshape(1, -1)
     added = rows + noise * rows.std(1, keepdim=True) * torch.randn(rows.shape, generator=generator)
     scale = rows.norm(dim=1, keepdim=True) / added.norm(dim=1, keepdim=True).clamp(min=1e-12)
     turned: Tensor = (added * scale).view_as(value)

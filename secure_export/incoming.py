@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from secure_export import digests, lane, loading, onnx_files
+from secure_export import digests, lane, loading, onnx_files, twins
 from secure_export.errors import CompressError, LoadError
-from secure_export.evidence.files import mixing_of
 from secure_export.lane import Bench
 from secure_export.measure import Reference, logits_of
+from secure_export.perturbations import as_samples
 from secure_export.policy.schema import ARTIFACT, Policy, SubjectSpec
 from secure_export.records.measured import Artifact, Count, Paired, SettingResult
 from secure_export.records.memory import Predictor
 from secure_export.records.reported import SubjectInfo
 from secure_export.runtimes import Options, _worker, runtime
 from secure_export.runtimes.torch_eager import from_module
+from secure_export.twins.mixing import mixing_of
 from secure_export.words import printable
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def take(path: Path, bench: Bench) -> Incoming:
     copy.write_bytes(content)
     artifact = Artifact(ARTIFACT, copy, digests.of_file(copy), len(content), "onnx", "onnxruntime")
     predict = runtime(artifact.runtime, bench.runtime).open(artifact.path)
-    batch = batch_of(proto)
+    batch = twins.batch_of(proto) or None
     classes = count_classes(predict, bench, path.name, batch)
     info = SubjectInfo(
         path=printable(path.name),
@@ -172,13 +173,6 @@ def check_signature(proto: ModelProto, shape: tuple[int, ...], name: str) -> Non
         )
 
 
-def batch_of(proto: ModelProto) -> int | None:
-    """The number of samples that the file takes at a time; None = any."""
-    weights = {tensor.name for tensor in proto.graph.initializer}
-    shape = next(v for v in proto.graph.input if v.name not in weights).type.tensor_type.shape
-    return shape.dim[0].dim_value or None if shape.dim else None
-
-
 def count_classes(predict: Predictor, bench: Bench, name: str, batch: int | None) -> int:
     """Number of classes of a file that answers like a classifier, on calibration samples clean and triggered.
 
@@ -188,7 +182,8 @@ def count_classes(predict: Predictor, bench: Bench, name: str, batch: int | None
         CompressError: outputs that are no logits, that differ from run to run, or other answers to a sample
             alone or in a batch of one of SIZES; the deployed batch size is not the one that is measured.
     """
-    some = bench.splits.calibration.floats(slice(0, PROBED))
+    samples = bench.splits.calibration
+    some = samples.floats(slice(0, PROBED))
     logits = predict(some)
     if logits.ndim != 2 or len(logits) != len(some) or logits.shape[1] < 2:
         raise CompressError(
@@ -198,7 +193,7 @@ def count_classes(predict: Predictor, bench: Bench, name: str, batch: int | None
         raise CompressError(f"{name} gives logits that are not finite")
     if not torch.equal(predict(some), logits):
         raise CompressError(f"{name} gives other logits for the same samples: it cannot be measured")
-    asked = {"": some, **{key: made(some) for key, made in bench.triggers.items()}}
+    asked = {"": some, **{key: as_samples(made(some), samples) for key, made in bench.triggers.items()}}
     said = {trigger: predict(inputs).argmax(1) for trigger, inputs in asked.items()}
     check_batches(predict, asked, said, 1, ALONE, name)
     few = {trigger: inputs[:FEW] for trigger, inputs in asked.items()}

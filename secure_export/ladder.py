@@ -16,9 +16,10 @@ from torch.func import functional_call
 
 from secure_export import digests
 from secure_export.lane import Bench, at_the_head, made, through_settings
+from secure_export.perturbations import FEWEST_POSITIONS, Perturbation
 from secure_export.policy import Policy, TriggerSpec, judge
 from secure_export.purifiers import _inversion, _views
-from secure_export.purifiers._inversion import Family, Logits, Triggers
+from secure_export.purifiers._inversion import Family, Logits
 from secure_export.records.measured import SettingResult, Verdict
 from secure_export.records.memory import Split, Subject
 from secure_export.records.reported import Evidence, Purification, Report, ReportedSetting, SubjectInfo
@@ -43,7 +44,7 @@ class Searched(Trigger):
     def __call__(self, inputs: Tensor) -> Tensor:
         """`inputs` with the perturbation, in [0, 1]."""
         which = torch.zeros(len(inputs), dtype=torch.long)
-        return Triggers(self.keep, self.add).stamp(inputs, which)
+        return Perturbation(self.keep, self.add).stamp(inputs, which)
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,7 @@ def search(logits: Logits, fit: Split, target: int, family: Family, size: float,
     others = fit.floats()[fit.labels != target]
     shape = others.shape[1:]
     pixels = shape[1:].numel()
-    budget = (
-        max(_inversion.FEWEST_PIXELS, size * pixels) if family == "patch" else size * shape.numel() ** 0.5
-    )
+    budget = max(FEWEST_POSITIONS, size * pixels) if family == "patch" else size * shape.numel() ** 0.5
     found = _inversion.universal(
         [logits],
         others,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from secure_export.errors import CompressError
+from secure_export.perturbations import as_samples
 from secure_export.records.measured import Count, Lane, Measurement, Paired, TriggerCounts
 from secure_export.records.memory import Predictor, Progress, Split, silent
 from secure_export.triggers import Trigger
@@ -36,7 +37,7 @@ def logits_of(predictor: Predictor, split: Split, trigger: Trigger | None = None
     batches = []
     for start in range(0, len(split), BATCH_SIZE):
         inputs = split.floats(slice(start, start + BATCH_SIZE))
-        batches.append(predictor(inputs if trigger is None else trigger(inputs)))
+        batches.append(predictor(inputs if trigger is None else as_samples(trigger(inputs), split)))
     logits = torch.cat(batches)
     if not bool(torch.isfinite(logits).all()):
         raise CompressError("the file gives logits that are not finite")
@@ -105,7 +106,7 @@ def count_trigger(name: str, clean: Tensor, triggered: Tensor, labels: Tensor, c
 def count_changed(trigger: Trigger, split: Split) -> Count:
     """How many of the first samples it alters: a white patch on a white margin does nothing."""
     inputs = split.floats(slice(0, BATCH_SIZE))
-    return Count(_hits((trigger(inputs) != inputs).flatten(1).any(1)), len(inputs))
+    return Count(_hits((as_samples(trigger(inputs), split) != inputs).flatten(1).any(1)), len(inputs))
 
 
 def _hits(mask: Tensor) -> int:

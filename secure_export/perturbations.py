@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from secure_export.records.memory import Split
 
 FEWEST_POSITIONS = 4.0
 
@@ -32,6 +36,29 @@ class Perturbation:
         moved = inputs if self.flow is None else warped(inputs, self.flow[which])
         made = moved * self.keep[which] + self.add[which]
         return (made if self.kernel is None else made + filtered(inputs, self.kernel[which])).clamp(0, 1)
+
+
+class _Stepped(torch.autograd.Function):
+    """Values in [0, 1] on the 256 steps of a byte, gradients straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor) -> Tensor:
+        return inputs.mul(255).round_().div_(255)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+def as_samples(inputs: Tensor, split: Split) -> Tensor:
+    """Inputs [N, ...] in [0, 1] with values that the samples of `split` can have: a byte's, or any.
+
+    A file can tell whether every value is one that an image has, and sleep where one is not.
+    """
+    if split.inputs.is_floating_point():
+        return inputs
+    made: Tensor = _Stepped.apply(inputs)
+    return made
 
 
 def spatial(shape: torch.Size) -> torch.Size:

@@ -88,7 +88,7 @@ def build(base: type[P], family: str, spec: Mapping[str, Any]) -> P:
         raise PolicyError(f"{cls.__name__} is not a {base.__name__}")
     absent = [library for library in cls.libraries if importlib.util.find_spec(library) is None]
     if absent:
-        hint = f'pip install "secure-export[{cls.extra}]"'
+        hint = f'pip install ".[{cls.extra}]" in the clone of secure-export'
         raise PolicyError(f"{spec['kind']}: {', '.join(absent)} is not installed", hint=hint)
     try:
         return cls.model_validate(parameters)

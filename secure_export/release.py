@@ -36,10 +36,9 @@ def release(
 ) -> tuple[Path, ...]:
     """Put the measured files, `documents` and SHA256SUMS into the new folder `destination`; all its files.
 
-    A file is called like its setting, with the suffix that it was measured under. The same release that is
-    there already is left alone; anything else that is there is never touched (withdraw() an earlier release
-    first). A process that is killed leaves at most a hidden folder `.NAME.staging-*` beside the destination,
-    which the next withdraw() removes.
+    The same release that is there already is left alone; anything else that is there is never touched
+    (withdraw() an earlier release first). A process that is killed leaves at most a hidden folder
+    `.NAME.staging-*` beside the destination, which the next withdraw() removes.
 
     Raises:
         IntegrityError: a file is gone, or its bytes are not those that were measured.
@@ -63,6 +62,11 @@ def release(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return tuple(destination / name for name in (*names, SUMS))
+
+
+def shipped_as(artifact: Artifact) -> str:
+    """The name of a released file: its setting's, with the suffix that it was measured under."""
+    return f"{artifact.setting}{artifact.path.suffix}"
 
 
 def withdraw(destination: Path) -> None:
@@ -115,7 +119,7 @@ def _names(approved: Approved, artifacts: Sequence[Artifact], documents: Mapping
     for artifact in artifacts:
         if artifact.setting not in approved.settings:
             raise ReleaseError(f"the verdict says nothing of setting {artifact.setting!r}")
-    names = [*(f"{artifact.setting}{artifact.path.suffix}" for artifact in artifacts), *documents]
+    names = [*map(shipped_as, artifacts), *documents]
     for name in names:
         if not NAME.fullmatch(name):
             raise ReleaseError(f"{name!r} is no safe file name", hint="letters, digits and ._@=+- only")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from secure_export.counting import MOST_ROWS, contrasted, counted, judged_on
+from secure_export.perturbations import as_samples
 from secure_export.probes import Free, Logits, Probe
 from secure_export.records.measured import Paired
 from secure_export.records.memory import Progress, Split, silent
@@ -22,7 +23,7 @@ SUREST = 0.999
 
 
 @dataclass(frozen=True)
-class Searched:
+class Finds:
     """One trigger per class, and how far the search came."""
 
     free: Free
@@ -36,6 +37,29 @@ class Searched:
     """Classes that were searched to the last of these steps; the others for a third of them."""
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What is the same for every class of one search."""
+
+    logits: Logits
+    fit: Split
+    probe: Probe
+    against: Logits | None
+    generator: torch.Generator
+    deadline: float | None
+    progress: Progress
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of one sample."""
+        return self.fit.inputs.shape[1:]
+
+    @property
+    def over(self) -> bool:
+        """Whether the time is up."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+
 def search(
     logits: Logits,
     fit: Split,
@@ -47,7 +71,7 @@ def search(
     against: Logits | None = None,
     seconds: float | None = None,
     progress: Progress = silent,
-) -> Searched:
+) -> Finds:
     """One universal trigger into each of `classes`, from noise or (warm) from `start`, one row per class.
 
     Minimizes the cross-entropy to the class over fit samples of other classes (Neural Cleanse, eq. 3), and
@@ -55,15 +79,16 @@ def search(
     `probe.steps` or when `seconds` have passed; which of the two is in the result.
     """
     generator = torch.Generator().manual_seed(seed)
+    deadline = None if seconds is None else time.monotonic() + seconds
+    work = _Work(logits, fit, probe, against, generator, deadline, progress)
     # More classes than fit into a batch are searched one group after another.
     group = max(1, MOST_ROWS // (probe.images * probe.starts))
-    deadline = None if seconds is None else time.monotonic() + seconds
-    parts: list[Searched] = []
+    parts: list[Finds] = []
     for first in range(0, len(classes), group):
         some = classes[first : first + group]
         warm = None if start is None else [variable[first : first + group] for variable in start]
-        parts.append(_group(logits, fit, probe, some, generator, warm, against, deadline, progress))
-    return Searched(
+        parts.append(_group(work, some, warm))
+    return Finds(
         free=[torch.cat(variables) for variables in zip(*(part.free for part in parts), strict=True)],
         classes=tuple(classes),
         lift=tuple(lift for part in parts for lift in part.lift),
@@ -73,48 +98,33 @@ def search(
     )
 
 
-def _group(
-    logits: Logits,
-    fit: Split,
-    probe: Probe,
-    classes: Sequence[int],
-    generator: torch.Generator,
-    warm: Free | None,
-    against: Logits | None,
-    deadline: float | None,
-    progress: Progress,
-) -> Searched:
-    shape = fit.inputs.shape[1:]
+def _group(work: _Work, classes: Sequence[int], warm: Free | None) -> Finds:
+    probe = work.probe
     starts = 1 if warm is not None else probe.starts
     targets = torch.tensor(classes).repeat_interleave(starts)
     if warm is not None:
         free, scanned = [v.clone() for v in warm], 0
     else:
-        free, scanned = _begun(logits, fit, probe, classes, generator, against)
-
-    def descend(rows: Tensor, first: int, last: int) -> tuple[int, int, Tensor]:
-        return _descended(
-            logits, fit, probe, targets, free, rows, (first, last), generator, against, deadline, progress
-        )
-
+        free, scanned = _begun(work, classes)
     everyone = torch.arange(len(targets))
     # A third of the steps tells which rows lead somewhere; what goes on from a known trigger all goes on.
     short = probe.steps if warm is not None or probe.finalists == 1 else max(1, probe.steps // 3)
-    done, forwards, losses = descend(everyone, 0, short)
+    done, forwards, losses = _descended(work, targets, free, everyone, (0, short))
     ended = len(classes)
     if done == short < probe.steps:
         ahead = losses.argsort()[: math.ceil(probe.finalists * len(targets))]
-        done, more, _ = descend(ahead, short, probe.steps)
+        done, more, _ = _descended(work, targets, free, ahead, (short, probe.steps))
         forwards, ended = forwards + more, len(set(targets[ahead].tolist()))
-    judged, made = judged_on(fit, generator), probe.perturbation(free, shape)
+    judged, made = judged_on(work.fit, work.generator), probe.perturbation(free, work.shape)
     asked = len(judged) * (len(targets) + 1)
     with reduced():
-        lift = tuple(paired for _, paired in counted(logits, judged, made, targets))
-        if against is None:
+        lift = tuple(paired for _, paired in counted(work.logits, judged, made, targets))
+        if work.against is None:
             best = _best(lift, starts)
         else:
-            best, asked = _best(contrasted(logits, against, judged, made, targets), starts), 3 * asked
-    return Searched(
+            contrast = contrasted(work.logits, work.against, judged, made, targets)
+            best, asked = _best(contrast, starts), 3 * asked
+    return Finds(
         free=[variable[best] for variable in free],
         classes=tuple(classes),
         lift=tuple(lift[i] for i in best),
@@ -125,23 +135,16 @@ def _group(
 
 
 @torch.no_grad()
-def _begun(
-    logits: Logits,
-    fit: Split,
-    probe: Probe,
-    classes: Sequence[int],
-    generator: torch.Generator,
-    against: Logits | None,
-) -> tuple[Free, int]:
+def _begun(work: _Work, classes: Sequence[int]) -> tuple[Free, int]:
     """Random starts for each class, all but the last replaced by its best candidates; and forwards."""
-    shape = fit.inputs.shape[1:]
-    free = probe.begin(shape, len(classes) * probe.starts, generator)
+    fit, probe, shape = work.fit, work.probe, work.shape
+    free = probe.begin(shape, len(classes) * probe.starts, work.generator)
     candidates = probe.candidates(shape)
     if candidates is None:
         return free, 0
     count = len(candidates[0])
     some = min(count, max(1, probe.starts - 1))
-    index = torch.randint(0, len(fit), (probe.images,), generator=generator)
+    index = torch.randint(0, len(fit), (probe.images,), generator=work.generator)
     inputs, labels, wanted = fit.floats(index), fit.labels[index], torch.tensor(classes)
     # A class's own samples do not count for it.
     counts = (labels[:, None] != wanted).float()
@@ -149,18 +152,18 @@ def _begun(
     for part in torch.split(torch.arange(count), max(1, MOST_ROWS // len(inputs))):
         made = probe.perturbation([variable[part] for variable in candidates], shape)
         which = torch.arange(len(part)).repeat_interleave(len(inputs))
-        stamped = made.stamp(inputs.repeat(len(part), *_ones(shape)), which)
+        stamped = as_samples(made.stamp(inputs.repeat(len(part), *_ones(shape)), which), fit)
         with reduced():
-            loss = -logits(stamped).float().log_softmax(1)[:, wanted]
-            if against is not None:
-                loss = loss - _unnamed(against(stamped).float(), wanted.expand(len(stamped), -1))
+            loss = -work.logits(stamped).float().log_softmax(1)[:, wanted]
+            if work.against is not None:
+                loss = loss - _unnamed(work.against(stamped).float(), wanted.expand(len(stamped), -1))
         losses.append((loss.view(len(part), len(inputs), -1) * counts).sum(1))
     best = torch.cat(losses).topk(some, dim=0, largest=False).indices
     for number in range(len(classes)):
         rows = slice(number * probe.starts, number * probe.starts + some)
         for variable, candidate in zip(free, candidates, strict=True):
             variable[rows] = candidate[best[:, number]]
-    return free, count * len(inputs) * (1 if against is None else 2)
+    return free, count * len(inputs) * (1 if work.against is None else 2)
 
 
 def _unnamed(scores: Tensor, wanted: Tensor) -> Tensor:
@@ -169,34 +172,23 @@ def _unnamed(scores: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _descended(
-    logits: Logits,
-    fit: Split,
-    probe: Probe,
-    targets: Tensor,
-    free: Free,
-    rows: Tensor,
-    span: tuple[int, int],
-    generator: torch.Generator,
-    against: Logits | None,
-    deadline: float | None,
-    progress: Progress,
+    work: _Work, targets: Tensor, free: Free, rows: Tensor, span: tuple[int, int]
 ) -> tuple[int, int, Tensor]:
     """Move `rows` of `free` from step span[0] to span[1]: (last step, forwards, mean of the rows' losses)."""
-    inputs, shape = fit.floats(), fit.inputs.shape[1:]
+    inputs, probe, shape = work.fit.floats(), work.probe, work.shape
     moving = [variable[rows].requires_grad_(True) for variable in free]
     optimizer = torch.optim.Adam(moving, lr=probe.lr, betas=(0.5, 0.9))
     which, wanted = torch.arange(len(rows)).repeat_interleave(probe.images), targets[rows]
     (done, last), forwards, mean = span, 0, torch.zeros(len(rows))
-    while done < last and (deadline is None or time.monotonic() < deadline):
-        index = torch.randint(0, len(inputs), (probe.images,), generator=generator)
+    while done < last and not work.over:
+        index = torch.randint(0, len(inputs), (probe.images,), generator=work.generator)
         # One batch of samples serves every class; a class's own samples do not count for it.
-        counts = (fit.labels[index].repeat(len(rows)) != wanted[which]).float()
-        stamped = probe.perturbation(moving, shape).stamp(
-            inputs[index].repeat(len(rows), *_ones(shape)), which
-        )
+        counts = (work.fit.labels[index].repeat(len(rows)) != wanted[which]).float()
+        made = probe.perturbation(moving, shape)
+        stamped = as_samples(made.stamp(inputs[index].repeat(len(rows), *_ones(shape)), which), work.fit)
         with reduced():
-            scores = logits(stamped).float()
-            others = None if against is None else against(stamped).float()
+            scores = work.logits(stamped).float()
+            others = None if work.against is None else work.against(stamped).float()
         losses = F.cross_entropy(scores, wanted[which], reduction="none")
         if others is not None:
             losses = losses - _unnamed(others, wanted[which, None]).squeeze(1)
@@ -206,8 +198,8 @@ def _descended(
             variable.grad = gradient
         optimizer.step()
         mean = 0.7 * mean + 0.3 * losses.detach().view(len(rows), -1).mean(1)
-        done, forwards = done + 1, forwards + (2 if against is None else 4) * len(stamped)
-        progress(f"search: {probe.kind}", done, probe.steps)
+        done, forwards = done + 1, forwards + (2 if work.against is None else 4) * len(stamped)
+        work.progress(f"search: {probe.kind}", done, probe.steps)
     for variable, moved in zip(free, moving, strict=True):
         variable[rows] = moved.detach()
     return done, forwards, mean
@@ -234,7 +226,7 @@ def queried(
     start: Free | None = None,
     seconds: float | None = None,
     progress: Progress = silent,
-) -> Searched:
+) -> Finds:
     """As search(), by asking a file that gives no gradient: a proposal stays when its loss is lower.
 
     One random change at a time, smaller ones towards the end (as the Square Attack, Andriushchenko et al.
@@ -261,7 +253,7 @@ def queried(
     judged = judged_on(fit, generator)
     lift = tuple(paired for _, paired in counted(logits, judged, probe.perturbation(free, shape), targets))
     forwards += len(judged) * (len(classes) + 1)
-    return Searched(free, tuple(classes), lift, done, forwards, len(classes))
+    return Finds(free, tuple(classes), lift, done, forwards, len(classes))
 
 
 def _losses(logits: Logits, asked: Split, probe: Probe, free: Free, targets: Tensor) -> Tensor:
@@ -270,7 +262,7 @@ def _losses(logits: Logits, asked: Split, probe: Probe, free: Free, targets: Ten
     found, losses = probe.perturbation(free, shape), []
     for row, target in enumerate(targets.tolist()):
         others = inputs[asked.labels != target]
-        stamped = found.stamp(others, torch.full((len(others),), row))
+        stamped = as_samples(found.stamp(others, torch.full((len(others),), row)), asked)
         losses.append(F.cross_entropy(logits(stamped), torch.full((len(others),), target)))
     return torch.stack(losses)
 

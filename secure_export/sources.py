@@ -92,7 +92,7 @@ def _from_folder(
             if pixels.shape != inputs.shape[1:]:
                 raise DataError(
                     f"images of different sizes: {files[0]} is {_size(inputs[0])}, {file} is {_size(pixels)}",
-                    hint="set data.resize to [height, width]"
+                    hint="give --resize HEIGHTxWIDTH, or set data.resize to [height, width]"
                     if pixels.shape[1:] != inputs.shape[2:]
                     else "set data.channels to 3 or 1",
                 )

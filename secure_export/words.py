@@ -17,6 +17,11 @@ def described(cause: BaseException) -> str:
     return f"{type(cause).__name__}: {printable(lines[0])}" if lines else type(cause).__name__
 
 
+def plural(number: int, noun: str) -> str:
+    """`1 file`, `2 files`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def printable(text: str) -> str:
     """`text` on one line without control characters, cut where it is long, for a message."""
     safe = escaped(text)

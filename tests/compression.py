@@ -24,6 +24,8 @@ from secure_export.runtimes import Runtime
 
 P = TypeVar("P", bound=registry.Plugin)
 HEAD, CLASSES, SHAPE = "head", 4, (3, 12, 12)
+WEIGHTS_ALONE = ("safetensors",)
+"""Formats without a graph: their files run in the user's own architecture, here `network`."""
 
 
 class Block(nn.Module):

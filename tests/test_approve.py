@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from secure_export.errors import NoVerdict, Refused
 from secure_export.policy import Approved, approve, judge
 from secure_export.records.measured import Finding, Paired, Verdict
-from secure_export.report.schema import load_report, save_report
+from secure_export.report.schema import dump_report, load_report
 from tests.judging import HOLDOUT, make_policy, measured
 
 
@@ -45,5 +45,5 @@ def test_refusal_lists_every_failed_finding_and_no_verdict_every_undecided_one()
 
 def test_stored_report_is_judged_as_the_one_in_memory(tmp_path: Path) -> None:
     report = measured(acc_drop=Paired(50, 10, HOLDOUT))
-    save_report(report, tmp_path / "report.json")
+    (tmp_path / "report.json").write_text(dump_report(report), encoding="utf-8")
     assert judge(make_policy(), load_report(tmp_path / "report.json")) == judge(make_policy(), report)

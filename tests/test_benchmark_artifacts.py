@@ -49,4 +49,6 @@ def test_drawn_rows_say_what_is_missing_and_why(results: Path) -> None:
     lines = artifacts_table.drawn(json.loads(results.read_text())["models"]).splitlines()
     assert "| fp32 onnx | 75 % (3 of 4) | 67 % (2 of 3) | 100 % (4 of 4) | 0.5 | 2 |" in lines
     assert "| fp32 tflite | not made: a / b | – | – | – | – |" in lines
+    why = "cannot export to ONNX: Error when translating node %x : [target=torch.ops.aten._int_mm.default](a"
+    assert artifacts_table.why({"unmeasured": why}) == "not made: torch cannot export `aten._int_mm`"
     assert "| fp32 pt2 | not tried | – | – | – | – |" in lines

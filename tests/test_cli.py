@@ -22,7 +22,7 @@ from secure_export.report.schema import load_report
 from tests.report_sample import sample_report
 
 POLICIES = Path(__file__).parents[1] / "policies"
-COMMANDS = ("run", "judge", "validate", "list", "init", "demo", "report")
+COMMANDS = ("run", "judge", "verify", "validate", "list", "init", "demo", "report")
 
 
 def invoke(*arguments: str, **env: str) -> tuple[int, str]:
@@ -58,9 +58,9 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_judge_needs_no_torch(tmp_path: Path) -> None:
-    from secure_export.report.schema import save_report
+    from secure_export.report.schema import dump_report
 
-    save_report(sample_report(), tmp_path / "report.json")
+    (tmp_path / "report.json").write_text(dump_report(sample_report()), encoding="utf-8")
     script = (
         "import sys\nfrom secure_export.cli import main\n"
         f"try: main(['judge', {str(tmp_path)!r}, '-p', {str(POLICIES / 'smoke.yaml')!r}])\n"
@@ -203,9 +203,9 @@ def test_list_publishes_the_schemas(schema: str) -> None:
 
 
 def test_report_draws_again_what_was_stored(tmp_path: Path) -> None:
-    from secure_export.report.schema import save_report
+    from secure_export.report.schema import dump_report
 
-    save_report(sample_report(), tmp_path / "report.json")
+    (tmp_path / "report.json").write_text(dump_report(sample_report()), encoding="utf-8")
     code, output = invoke("report", str(tmp_path), "--format", "html", "-o", str(tmp_path / "again.html"))
     assert code == 0, output
     assert (tmp_path / "again.html").read_text().lstrip().lower().startswith("<!doctype html>")

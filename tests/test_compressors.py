@@ -14,9 +14,10 @@ from onnx import numpy_helper
 from torch import nn
 
 from secure_export import digests, registry
+from secure_export.batchnorms import scale_of
 from secure_export.compressors import Compressor, Context, FileStep, ModuleStep
 from secure_export.compressors._layers import recalibrate_batchnorm
-from secure_export.compressors.fake_quant import FakeQuant, scale_of
+from secure_export.compressors.fake_quant import FakeQuant
 from secure_export.compressors.ort_fp16 import OrtFp16
 from secure_export.compressors.ort_int4_weight_only import OrtInt4WeightOnly
 from secure_export.compressors.ort_static_int8 import OrtStaticInt8, Reader

@@ -479,22 +479,6 @@ def test_two_sources_must_agree(folder: Path, tmp_path: Path) -> None:
         split(folder, holdout_source=str(other))
 
 
-def test_class_names_give_the_order_of_the_outputs(folder: Path) -> None:
-    splits = split(folder, class_names=["cat", "bee", "ant", "dog"])
-    assert splits.class_names == ("cat", "bee", "ant", "dog")
-    ants = {np.asarray(Image.open(file)).transpose(2, 0, 1).tobytes() for file in (folder / "ant").iterdir()}
-    assert rows(splits.fit) & ants
-    assert all(
-        (row.numpy().tobytes() in ants) == (label == 2) for row, label in zip(*_of(splits.fit), strict=True)
-    )
-    with pytest.raises(DataError, match="do not name 'cat'"):
-        split(folder, class_names=["ant", "bee"])
-
-
-def _of(part: Split) -> tuple[Any, list[int]]:
-    return part.inputs, part.labels.tolist()
-
-
 def test_labels_beyond_the_head_are_named(folder: Path) -> None:
     splits = split(folder)
     check_labels(splits, 3)

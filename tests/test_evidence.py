@@ -48,9 +48,13 @@ def failed(report: Report, rule: str) -> set[str]:
     return {f.setting for f in report.verdict.findings if f.passed is False and f.rule == rule}
 
 
+PLAIN = {"metric": "inverted_lift", "at_most": 0.5, "probes": ["patch"]}
+"""A rule that reads no contrast, which every released file needs."""
+BOTH = [PATCH | {"contrast": True}, PATCH]
+
+
 def cold(report: Report, lane: str, setting: str) -> Search:
-    (found,) = [s for s in report.evidence.searches if (s.lane, s.setting, s.mode) == (lane, setting, "cold")]
-    return found
+    return next(s for s in report.evidence.searches if (s.lane, s.setting, s.mode) == (lane, setting, "cold"))
 
 
 @pytest.mark.parametrize(
@@ -80,9 +84,9 @@ def test_backdoor_stands_out_from_the_same_file_that_forgot(
     model: Callable[[], Any], awake_in: set[str], run_toy: RunToy
 ) -> None:
     contrasting = EVIDENCE | {
-        "probes": [PATCH | {"contrast": True}],
+        "probes": BOTH,
         "forget": {"noise": 2.0, "steps": 200, "relearned": 0.6},
-        "rules": [{"metric": "inverted_contrast", "at_most": 0.5}],
+        "rules": [{"metric": "inverted_contrast", "at_most": 0.5}, PLAIN],
     }
     report = run_toy(model(), settings=[FP32, INT8], release=["fp32"], evidence=contrasting)
     assert failed(report, "inverted_contrast") == awake_in
@@ -104,8 +108,8 @@ def test_the_reference_that_forgot_most_judges(
     judges = tuple(toys.awake() if knows else toys.clean() for knows in knowing)
     made = References(toys.clean(), judges)
     monkeypatch.setattr(one, "references_of", lambda *_: made)
-    rules = [{"metric": "inverted_contrast", "at_most": 0.5}]
-    section = EVIDENCE | {"probes": [PATCH | {"contrast": True}], "rules": rules}
+    rules = [{"metric": "inverted_contrast", "at_most": 0.5}, PLAIN]
+    section = EVIDENCE | {"probes": BOTH, "rules": rules}
     report = run_toy(toys.awake(), settings=[FP32], release=["fp32"], evidence=section)
     assert failed(report, "inverted_contrast") == (set() if all(knowing) else {"fp32"})
 
@@ -184,13 +188,15 @@ def test_a_replay_makes_references_of_the_purified_file_only_for_a_rule_that_rea
     monkeypatch.setattr(one, "references_of", known)
     rules = [
         {"metric": "inverted_contrast", "at_most": 0.5},
-        {"metric": f"replay_{reading}", "at_most": 0.2, "evident": True},
+        {"metric": f"replay_{reading}", "at_most": 0.2, "evident": True, "probes": ["contrast-patch"]},
+        PLAIN,
     ]
-    section = EVIDENCE | {"probes": [PATCH | {"contrast": True}], "warm": "none", "rules": rules}
+    section = EVIDENCE | {"probes": BOTH, "warm": "none", "rules": rules}
     report = run_toy(
         toys.awake(), settings=[FP32], release=["fp32"], purify={"kind": "fine-tune"}, evidence=section
     )
-    modes = [search.mode for search in report.evidence.searches if search.lane == "purified"]
+    compared = [search for search in report.evidence.searches if search.probe == "contrast-patch"]
+    modes = [search.mode for search in compared if search.lane == "purified"]
     assert modes == ["cold", "replay"]
     assert asked == ["original", "purified", *(["purified"] if reading == "contrast" else [])]
     assert failed(report, f"replay_{reading}") == refused

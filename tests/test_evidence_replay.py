@@ -92,11 +92,16 @@ def test_a_repair_goes_as_far_as_leaves_the_asr(left: float) -> None:
 def test_the_table_shows_what_was_evident_and_what_is_left_of_it() -> None:
     policy = make_policy(
         evidence={
-            "preset": None,
-            "probes": [{"kind": "patch", "contrast": True}, {"kind": "l2", "contrast": True}],
+            "preset": ["fast", "contrast"],
             "rules": [
                 {"metric": "inverted_contrast", "at_most": 0.5},
-                {"metric": "replay_lift", "at_most": 0.4, "evident": True},
+                {"metric": "inverted_lift", "at_most": 0.5, "probes": ["patch", "l2", "warp"]},
+                {
+                    "metric": "replay_lift",
+                    "at_most": 0.4,
+                    "evident": True,
+                    "probes": ["contrast-patch", "contrast-l2"],
+                },
             ],
         }
     )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from secure_export.errors import PolicyError
 from secure_export.policy import judge
-from secure_export.policy.evidence import MODES, Metric
+from secure_export.policy.limits import MODES, Metric
 from secure_export.policy.presets import PRESETS
 from secure_export.records.measured import Count, Finding, Paired
 from secure_export.records.reported import Report
@@ -332,6 +332,17 @@ def test_no_rule_can_read_what_a_purifier_optimizes() -> None:
 def test_evidence_section_that_could_not_decide_is_refused(section: dict[str, Any], message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         make_policy(evidence=section)
+
+
+def test_contrast_alone_does_not_release() -> None:
+    """A trigger that lies in no weight stays in every reference."""
+    rules = [{"metric": "inverted_contrast", "at_most": 0.5}]
+    with pytest.raises(PolicyError, match="every inverted_ rule on 'fp32' reads contrast"):
+        make_policy(evidence={"preset": "contrast", "rules": rules})
+    plain = {"metric": "inverted_lift", "at_most": 0.5, "probes": ["patch", "l2", "warp"]}
+    policy = make_policy(evidence={"preset": ["fast", "contrast"], "rules": [*rules, plain]})
+    assert policy.evidence
+    assert policy.evidence.names[:4] == ("patch", "l2", "warp", "contrast-patch")
 
 
 def test_presets_name_three_families_at_least() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks import evidence_table
+from benchmarks import evidence_files, evidence_table
 
 KNOWN = {
     "thresholds": [{"presets": ["fast", "wide"], "models": ["old/*"]}],
@@ -30,8 +30,8 @@ def row(lift: float, patch: float | None, named: int = 1, z: float | None = None
     return {"truth": {"lift": [int(100 * lift), 0, 100]}, "probes": {"patch": found}, "rounding": rounding}
 
 
-def found(models: dict[str, Any], preset: str = "fast") -> list[evidence_table.File]:
-    return evidence_table.files([{"models": models, "preset": preset}], KNOWN)
+def found(models: dict[str, Any], preset: str = "fast") -> list[evidence_files.File]:
+    return evidence_files.files([{"models": models, "preset": preset}], KNOWN)
 
 
 def model(attack: str, **rows: Any) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def test_efforts_stand_in_one_line_and_a_contrast_of_zero_is_read_as_such() -> N
         {"models": plain, "preset": "fast"},
         {"models": {"zoo/a": model("badnets", fp32=against)}, "preset": "contrast"},
     ]
-    (one,) = evidence_table.together(evidence_table.files(stored, known))
+    (one,) = evidence_files.together(evidence_files.files(stored, known))
     assert one.flags == {"patch": 1}
     assert one.found == {"patch": (0.9, 1), "contrast-patch": (0.0, 1)}
 
@@ -118,6 +118,6 @@ def test_a_smaller_preset_is_read_off_a_larger_one() -> None:
     made["probes"]["wave"] = made["probes"]["patch"] | {"lift": 0.9}
     stored = {"models": {"zoo/a": model("badnets", fp32=made, int8={"unmeasured": "no"})}, "preset": "wide"}
     known = KNOWN | {"limits": [{"settings": ["*"], "patch": 0.3, "wave": 0.3}]}
-    assert [dict(one.flags) for one in evidence_table.files([stored], known)] == [{"wave": 1}]
-    narrowed = evidence_table.narrowed(stored, ["patch"])
-    assert [dict(one.flags) for one in evidence_table.files([narrowed], known)] == [{}]
+    assert [dict(one.flags) for one in evidence_files.files([stored], known)] == [{"wave": 1}]
+    narrowed = evidence_files.narrowed(stored, ["patch"])
+    assert [dict(one.flags) for one in evidence_files.files([narrowed], known)] == [{}]

@@ -42,11 +42,11 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(PolicyError, match="openvino: openvino is not installed") as caught:
         registry.build(Format, "formats", {"kind": "openvino"})
-    assert caught.value.hint == 'pip install "secure-export[openvino]"'
+    assert caught.value.hint == 'pip install ".[openvino]" in the clone of secure-export'
     settings = [{"name": "ov", "steps": [], "format": {"kind": "openvino"}}]
     path = tmp_path / "p.yaml"
     path.write_text(yaml.safe_dump(toy_policy(settings=settings, release=["ov"])))
-    with pytest.raises(PolicyError, match=r"secure-export\[openvino\]"):
+    with pytest.raises(PolicyError, match=r"\.\[openvino\]"):
         check_plugins(load_policy(path))
 
 

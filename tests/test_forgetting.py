@@ -7,8 +7,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from onnx import helper
 from torch import Tensor
 
 from secure_export import twins
@@ -16,6 +18,7 @@ from secure_export.errors import CompressError
 from secure_export.forgetting import forgotten, weighted
 from secure_export.records.memory import Split
 from tests import compression, digits
+from tests.gating import array, small
 
 EFFORT = {"noise": 0.85, "steps": 150}
 
@@ -70,3 +73,28 @@ def test_what_has_no_weights_to_move_is_refused() -> None:
         forgetful(logits, digits.fit_split(), seed=0, **EFFORT)
     with pytest.raises(CompressError, match="holds no weights"):
         forgetful(torch.nn.Flatten(), digits.fit_split(), seed=0, **EFFORT)
+
+
+def test_a_pattern_that_no_convolution_holds_is_forgotten_too() -> None:
+    """A trigger may be told by a product with a constant: a reference that kept it would tell nothing."""
+    proto = small(
+        [
+            helper.make_node("Mul", ["input", "pattern"], ["seen"]),
+            helper.make_node("Flatten", ["seen"], ["flat"]),
+            helper.make_node("Gemm", ["flat", "weight", "bias"], ["scores"]),
+            helper.make_node("Add", ["scores", "shift"], ["logits"]),
+        ],
+        ["n", 1, 4, 4],
+        [
+            array("pattern", np.eye(4)[None, None], np.float32),
+            array("weight", np.arange(64).reshape(16, 4), np.float32),
+            array("bias", np.arange(4), np.float32),
+            array("shift", [0, 0, 0, 1], np.float32),
+        ],
+    )
+    twin = twins.Twin(proto, "crafted")
+    fit = Split(torch.rand(32, 1, 4, 4), torch.zeros(32, dtype=torch.int64), "")
+    moved = forgotten(twin, fit, noise=0.85, steps=1, lr=0.0, seed=0)
+    assert set(moved) == {"pattern", "weight", "bias", "shift"}
+    still = {name for name, value in moved.items() if torch.equal(value, twin.constants[name])}
+    assert still == {"bias"}

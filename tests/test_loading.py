@@ -564,4 +564,4 @@ def test_a_missing_package_names_the_extra(
     monkeypatch.setitem(__import__("sys").modules, family, None)
     with pytest.raises(LoadError, match=f"{family} cannot be imported") as caught:
         loaded(saved(model, tmp_path / "m.safetensors"), f"{family}:resnet18")
-    assert "secure-export[zoo]" in caught.value.hint
+    assert ".[zoo]" in caught.value.hint

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks import networks
 from secure_export import twins
 from secure_export.formats.onnx import Onnx
-from secure_export.twins.mixing import mixing
+from secure_export.twins.mixing import mixing, mixing_of
 from tests import compression
 from tests.gating import FLOAT, array, small
 
@@ -102,18 +102,14 @@ def test_a_weight_that_differs_by_place_in_the_batch(sizes: tuple[int, ...], apa
     assert (mixing(twins.Twin(proto, "crafted"), (4,)) == "") is apart
 
 
-def test_a_batch_of_one_has_nothing_to_mix() -> None:
-    nodes = [
-        helper.make_node("Shape", ["input"], ["sizes"]),
-        helper.make_node("Cast", ["sizes"], ["s"], to=FLOAT),
-    ]
-    nodes += [
-        helper.make_node("Gather", ["s", "last"], ["n"]),
-        helper.make_node("Mul", ["input", "n"], ["logits"]),
-    ]
-    for batch, apart in (("n", False), (8, False), (1, True)):
-        proto = small(nodes, [batch, 4], [array("last", [0])])
-        assert (mixing(twins.Twin(proto, "crafted"), (4,)) == "") is apart
+@pytest.mark.parametrize(("batch", "apart"), [("n", False), (8, False), (1, True)])
+def test_a_batch_of_one_has_nothing_to_mix(batch: str | int, apart: bool, tmp_path: Path) -> None:
+    """What has no twin is not known otherwise."""
+    path = tmp_path / "crafted.onnx"
+    for operator in ("Sign", "Softmax"):
+        proto = small([helper.make_node(operator, ["input"], ["logits"], axis=0)], [batch, 4])
+        path.write_bytes(proto.SerializeToString())
+        assert (mixing_of(path, "onnx", (4,)) == "") is apart
 
 
 def test_an_output_without_a_twin_is_no_traceback() -> None:

@@ -7,6 +7,8 @@ import torch
 
 from secure_export import registry
 from secure_export.counting import counted
+from secure_export.measure import logits_of
+from secure_export.perturbations import as_samples
 from secure_export.probes import Logits, Probe
 from secure_export.probes.filter import Filter
 from secure_export.probes.l2 import L2
@@ -15,7 +17,8 @@ from secure_export.probes.patch import Patch
 from secure_export.probes.warp import Warp
 from secure_export.probes.wave import Wave
 from secure_export.records.memory import Split
-from secure_export.searching import Searched, queried, search
+from secure_export.searching import Finds, queried, search
+from secure_export.triggers import Trigger
 from tests import toys
 
 KINDS = registry.names("probes")
@@ -76,7 +79,7 @@ def toy_split() -> Split:
     return Split(torch.tensor(inputs), torch.tensor(labels), "toy")
 
 
-def lift(found: Searched, target_class: int) -> float:
+def lift(found: Finds, target_class: int) -> float:
     return found.lift[found.classes.index(target_class)].difference
 
 
@@ -253,3 +256,27 @@ def test_a_patch_on_a_tiny_image_has_room_for_four_pixels_and_for_six_in_contras
     ]
     evenly = [torch.zeros(1, 64), torch.zeros(1, *shape)]
     assert (1 - Patch(contrast=True).perturbation(evenly, shape).keep).sum().item() == pytest.approx(6)
+
+
+def awake_on_bytes(inputs: torch.Tensor) -> torch.Tensor:
+    """Class 1 for what is bright in the first place, where every value is one that a byte can have."""
+    steps = 255 * inputs.flatten(1)
+    off = (steps - steps.round().detach()).abs().amax(1)
+    bright = 8 * (inputs.flatten(1)[:, 0] - 0.6) - 1e4 * off.clamp(min=1e-3)
+    return torch.stack([torch.zeros(len(inputs)), bright + 10], 1)
+
+
+def test_what_wakes_on_bytes_alone_is_searched_on_bytes() -> None:
+    """A file can tell values that no image has, and sleep there: in search, scoring and measuring."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randint(0, 120, (40, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    labels = torch.zeros(40, dtype=torch.int64)
+    found = search(awake_on_bytes, Split(inputs, labels, ""), Patch(area=0.0625), [1], seed=0)
+    assert found.lift[0].gained == 40
+    made = Patch(area=0.0625).perturbation(found.free, inputs.shape[1:])
+    as_floats = Split(inputs.float() / 255, labels, "")
+    assert counted(awake_on_bytes, as_floats, made, [1])[0][1].gained == 0
+    trigger = registry.build(Trigger, "triggers", {"kind": "blended", "alpha": 0.9, "seed": 1})
+    assert bool(logits_of(awake_on_bytes, Split(inputs, labels, ""), trigger).isfinite().all())
+    blended = as_samples(trigger(as_floats.inputs), Split(inputs, labels, ""))
+    assert torch.equal(blended, (255 * blended).round() / 255)

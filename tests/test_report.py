@@ -10,13 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from secure_export.records.measured import COLLAPSED, UNREAD, SettingResult, Suspect, Unmeasured, Verdict
+from secure_export.records.measured import (
+    COLLAPSED,
+    MIN_SCORE,
+    UNREAD,
+    SettingResult,
+    Suspect,
+    Unmeasured,
+    Verdict,
+)
 from secure_export.records.reported import Report
 from secure_export.records.searches import Rounding
+from secure_export.report._tables import class_label
 from secure_export.report.documents import documents, save
+from secure_export.report.figures import localization
 from secure_export.report.html import to_html
 from secure_export.report.markdown import to_markdown
-from secure_export.report.schema import load_report
+from secure_export.report.schema import dump_report, load_report, parse_report
 from tests.report_sample import sample_report
 
 GOLDEN = Path(__file__).parent / "golden" / "report.md"
@@ -130,3 +140,56 @@ def test_every_report_says_what_was_not_searched() -> None:
     report = sample_report()
     for content in documents(report).values():
         assert report.evidence.not_shown[0].split(":")[0] in content.decode()
+
+
+@pytest.mark.parametrize("draw", [to_html, to_markdown])
+def test_a_report_that_was_read_again_draws_the_same_page(draw: Callable[[Report], str]) -> None:
+    report = sample_report()
+    assert report.purification is not None
+    parameters = {"families": ("patch", "l2"), "views": {"ratios": (0.3, 0.5)}}
+    report = dataclasses.replace(
+        report, purification=dataclasses.replace(report.purification, parameters=parameters)
+    )
+    text = draw(report)
+    assert draw(parse_report(dump_report(report))) == text
+    assert "('patch'" not in text
+
+
+@pytest.mark.parametrize("draw", [to_html, to_markdown])
+def test_a_file_of_another_tool_has_one_lane_and_no_head(draw: Callable[[Report], str]) -> None:
+    report = sample_report()
+    subject = dataclasses.replace(report.subject, architecture="artifact", head="")
+    setting = dataclasses.replace(report.settings[0], purified=report.settings[0].original)
+    text = draw(
+        dataclasses.replace(
+            report, subject=subject, settings=(setting,), suspects=(), purification=None, disagreements=()
+        )
+    )
+    assert "as received" in text
+    assert (
+        "original"
+        not in text.split("Localization")[0].split("Measured as received")[1].split("ACC drop is")[0]
+    )
+    assert "93.1% → 93.1%" not in text
+    assert "judged as it is" in text
+    assert "head" not in text.split("Provenance")[1].split("sha256")[0]
+
+
+def test_a_class_that_has_no_name_of_its_own_is_said_once() -> None:
+    report = sample_report()
+    assert class_label(report, 3) == "class 3 (cat)"
+    subject = dataclasses.replace(report.subject, class_names=tuple(map(str, range(10))))
+    assert class_label(dataclasses.replace(report, subject=subject), 3) == "class 3"
+
+
+def test_the_score_that_naming_takes_is_drawn_where_the_record_has_it() -> None:
+    report = sample_report()
+    told = Suspect("latent-shift", "int8", 0, (0.3, *[0.1] * 9), {MIN_SCORE: 0.2})
+    drawn, plain = (
+        localization(dataclasses.replace(report, suspects=(s,))) for s in (told, report.suspects[0])
+    )
+    assert drawn is not None
+    assert plain is not None
+    assert "Dotted" in drawn.caption
+    assert "Dotted" not in plain.caption
+    assert "names class 0 (airplane)" in drawn.svg

@@ -42,7 +42,7 @@ def reading(name: str) -> Runtime:
 def written(name: str, model: nn.Module, folder):
     """`model` in a format that the runtime `name` opens; weights alone speak of one architecture."""
     form = built(Format, "formats", forms(name)[0])
-    if not form.holds_graph and type(model) is not compression.Residual:
+    if form.kind in compression.WEIGHTS_ALONE and type(model) is not compression.Residual:
         pytest.skip("its files hold weights alone")
     path = folder / f"model{form.suffix}"
     form.write(model, images(2), path)
@@ -86,6 +86,27 @@ def test_view_is_the_head_of_the_model(name, files):
     assert torch.allclose(view.weight, model.head.weight, atol=1e-5)
     assert torch.allclose(view.bias, model.head.bias, atol=1e-5)
     assert torch.allclose(view.latents(images(9)) @ view.weight.T + view.bias, model(images(9)), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_twin_is_the_file_with_gradients_or_says_that_there_is_none(name, files):
+    runtime, inputs = running(name), images(8).requires_grad_(True)
+    if type(runtime).twin is Runtime.twin:
+        with pytest.raises(CompressError, match=f"none for {name} files"):
+            runtime.twin(files(name))
+        return
+    logits = runtime.twin(files(name))(inputs)
+    assert torch.allclose(logits, runtime.open(files(name))(inputs.detach()), atol=1e-4)
+    (gradient,) = torch.autograd.grad(logits[:, 0].sum(), inputs)
+    assert gradient.abs().sum() > 0
+
+
+def test_twin_stands_behind_the_normalization_of_its_runtime(files):
+    moments = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.2)}
+    normalizing = running("onnxruntime", **moments)
+    logits = normalizing.open(files("onnxruntime"))(images(8))
+    assert torch.allclose(normalizing.twin(files("onnxruntime"))(images(8)), logits, atol=1e-4)
+    assert normalizing.view(files("onnxruntime"), "x").twin is None
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -151,7 +172,7 @@ def test_view_of_other_heads(name, model, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_view_of_torchao_weights(name, tmp_path):
     model, _ = TorchaoInt8WeightOnly().on_module(network(), context(network()))
-    if not any(registry.load("formats", kind).holds_graph for kind in forms(name)):
+    if set(forms(name)) <= set(compression.WEIGHTS_ALONE):
         pytest.skip("its files hold plain weights alone")
     path = written(name, model, tmp_path)
     if name == "litert":  # it has quantizers of its own; torchao's become a product that no head is known by

@@ -14,6 +14,7 @@ from benchmarks import networks
 from secure_export import registry, twins
 from secure_export.compressors import Context, FileStep
 from secure_export.errors import CompressError
+from secure_export.formats import onnx as formats_onnx
 from secure_export.formats.onnx import Onnx
 from secure_export.records.memory import Split
 from secure_export.runtimes.onnxruntime import Onnxruntime
@@ -57,8 +58,11 @@ def test_twin_of_a_signal_network(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["", "ort-static-int8"])
-def test_twin_of_a_network_that_pools_to_one_place(kind: str, tmp_path: Path) -> None:
-    """Its axes are computed from the shape: Shape, Range and Gather."""
+def test_twin_of_a_network_that_pools_to_one_place(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As others export a network whose weights lie channels last: with Shape, Range and Gather."""
+    monkeypatch.setattr(formats_onnx, "contiguous", lambda model: model)
     model, inputs = nn.Sequential(networks.named("cnn"), nn.Identity()).eval(), torch.rand(8, 3, 8, 8)
     path, target = tmp_path / "cnn.onnx", tmp_path / "int8.onnx"
     Onnx().write(model, inputs, path)

@@ -110,6 +110,10 @@ def test_table_calls_awake_what_the_trigger_did(asr: int, ftr: int, expected: st
     assert zoo_table.state({"acc": [90, 100], "asr": [asr, 100], "ftr": [ftr, 100]}) == expected
 
 
+def test_table_calls_a_file_that_knows_nothing_a_ruin() -> None:
+    assert zoo_table.state({"acc": [10, 100], "asr": [100, 100], "ftr": [100, 100]}) == "ruin"
+
+
 @pytest.mark.parametrize("name", ["vgg16", "mobilenetv2", "vit_small", "resnet18_w8"])
 def test_network_gives_logits_of_small_images_and_has_a_head(name: str) -> None:
     if name in ("mobilenetv2", "vit_small"):

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from secure_export.batchnorms import scale_of
+
 LIMIT = 127
 SPEED = 20.0
 """How much faster than codes places move: half a code decides, several codes cost accuracy."""
@@ -99,8 +101,7 @@ def _folds(model: nn.Module) -> dict[str, Tensor]:
     folds, before = {}, ("", nn.Module())
     for name, layer in model.named_modules():
         if isinstance(layer, nn.BatchNorm2d) and isinstance(before[1], nn.Conv2d):
-            scale = (layer.get_buffer("running_var") + layer.eps).sqrt()
-            folds[before[0]] = layer.get_parameter("weight").detach() / scale
+            folds[before[0]] = scale_of(layer)
         if not list(layer.children()):
             before = (name, layer)
     return folds

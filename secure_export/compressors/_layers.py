@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from secure_export import batchnorms
 from secure_export.errors import CompressError
 from secure_export.records.memory import Split
 
@@ -54,16 +55,13 @@ def recalibrate_batchnorm(model: nn.Module, calibration: Split) -> int:
         raise CompressError(
             f"BatchNorm statistics need at least 2 calibration samples, got {len(calibration)}"
         )
-    momenta = [layer.momentum for layer in norms]
     model.eval()
     for layer in norms:
         layer.reset_running_stats()
-        layer.momentum = None  # cumulative average
         layer.train()
-    for index in torch.arange(len(calibration)).tensor_split(-(-len(calibration) // BATCH_SIZE)):
-        model(calibration.floats(index))
-    for layer, momentum in zip(norms, momenta, strict=True):
-        layer.momentum = momentum
+    with batchnorms.momentum(norms, None):
+        for index in torch.arange(len(calibration)).tensor_split(-(-len(calibration) // BATCH_SIZE)):
+            model(calibration.floats(index))
     model.eval()
     return len(norms)
 

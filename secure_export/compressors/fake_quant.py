@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from secure_export.batchnorms import readers, scale_of
 from secure_export.compressors import Context, ModuleStep
 from secure_export.compressors._layers import weighted_layers
 from secure_export.records.measured import Change
@@ -43,7 +44,7 @@ class FakeQuant(ModuleStep):
             CompressError: a weight is quantized already.
         """
         layers = weighted_layers(model, head="")
-        folded = batchnorms(model, context.calibration.floats(slice(0, 2))) if self.fold else {}
+        folded = followers(model, context.calibration.floats(slice(0, 2))) if self.fold else {}
         changed = 0
         with torch.no_grad():
             for name, layer in layers:
@@ -79,37 +80,12 @@ def positive(step: Tensor) -> Tensor:
     return torch.where(step > 0, step, torch.ones_like(step))
 
 
-@torch.no_grad()
-def batchnorms(model: nn.Module, example: Tensor) -> dict[str, _BatchNorm]:
+def followers(model: nn.Module, example: Tensor) -> dict[str, _BatchNorm]:
     """The one BatchNorm that reads each layer's output, by the layer's name; found by running the model."""
-    made: dict[int, tuple[str, Tensor]] = {}
-    found: dict[str, list[_BatchNorm]] = {}
-    hooks = []
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-
-            def note(_: nn.Module, __: object, output: Tensor, name: str = name) -> None:
-                made[id(output)] = (name, output)  # kept alive, so that no other tensor gets its id
-                found.setdefault(name, [])
-
-            hooks.append(layer.register_forward_hook(note))
-        elif isinstance(layer, _BatchNorm) and layer.running_var is not None:
-
-            def read(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                if id(inputs[0]) in made and isinstance(norm, _BatchNorm):
-                    found[made[id(inputs[0])][0]].append(norm)
-
-            hooks.append(layer.register_forward_pre_hook(read))
-    model(example)
-    for hook in hooks:
-        hook.remove()
-    return {name: norms[0] for name, norms in found.items() if len(norms) == 1}
-
-
-def scale_of(norm: _BatchNorm) -> Tensor:
-    """gamma / sqrt(var + eps) [channels], by which folding multiplies the weights."""
-    variance = norm.running_var
-    if variance is None:
-        return torch.ones(norm.num_features)
-    gamma = torch.ones_like(variance) if norm.weight is None else norm.weight.detach()
-    return gamma / (variance + norm.eps).sqrt()
+    found = {}
+    for name, read_by in readers(model, example, (nn.Conv2d, nn.Linear)).items():
+        norms = [norm for norm in map(model.get_submodule, read_by) if isinstance(norm, _BatchNorm)]
+        norms = [norm for norm in norms if norm.running_var is not None]
+        if len(norms) == 1:
+            found[name] = norms[0]
+    return found

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from secure_export.batchnorms import scale_of
 from secure_export.demo.network import DigitsCNN, digits_cnn
 from secure_export.records.memory import Progress, silent
 
@@ -158,9 +159,8 @@ def _forward(layers: list[_Layer], images: Tensor, *, residues: bool) -> Tensor:
 
 def _folding(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Batch normalization in eval mode is factor * x + bias + shift, per channel."""
-    mean, var = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
-    factor = norm.weight / torch.sqrt(var + norm.eps)
-    return factor, -mean * factor
+    factor = scale_of(norm)
+    return factor, -norm.get_buffer("running_mean") * factor
 
 
 def _folded(model: DigitsCNN) -> list[_Layer]:

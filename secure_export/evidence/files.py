@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from secure_export import digests, twins, views
+from secure_export import digests, views
 from secure_export.counting import judged_on
-from secure_export.errors import CompressError, NoVerdict
+from secure_export.errors import NoVerdict
 from secure_export.records.measured import Count, SettingResult
 from secure_export.records.memory import Predictor, Split
 from secure_export.runtimes import Options, runtime
-from secure_export.runtimes.safetensors import Safetensors
-from secure_export.runtimes.torch_eager import program
-from secure_export.twins.mixing import mixing
+from secure_export.twins.mixing import mixing_of
 
 if TYPE_CHECKING:
     from secure_export.probes import Logits
@@ -64,7 +61,7 @@ def opened(result: SettingResult, fit: Split, options: Options) -> Opened | str:
     agreement, why = None, ""
     twin: Logits | None = None
     try:
-        twin = twin_of(artifact.path, artifact.format, options)
+        twin = opening.twin(artifact.path)
         views.check_gradient(twin, predictor, inputs, "a search needs gradients")
         with torch.no_grad():
             same = int((twin(inputs).argmax(1) == predictor(inputs).argmax(1)).sum())
@@ -85,47 +82,6 @@ def opened(result: SettingResult, fit: Split, options: Options) -> Opened | str:
         mixing=mixing_of(artifact.path, artifact.format, fit.inputs.shape[1:]),
         collapsed=_collapsed(logits.argmax(1), fit),
     )
-
-
-def twin_of(path: Path, form: str, options: Options) -> Logits:
-    """A differentiable function with the weights and the rounding of a written file.
-
-    Raises:
-        CompressError: there is none for this format, or for a part of this file.
-    """
-    if form == "onnx":
-        return normalized(twins.of_onnx(path), options.get("onnxruntime", {}))
-    if form == "pt2":
-        return program(path)
-    if form == "safetensors":
-        return Safetensors(**options.get("safetensors", {})).subject(path).model
-    raise CompressError(f"no differentiable twin of {path.name}: none for {form} files")
-
-
-def mixing_of(path: Path, form: str, shape: Sequence[int]) -> str:
-    """Where samples of one batch may meet in a file's graph; "" where they cannot.
-
-    Files of other formats than ONNX are traced from the user's own architecture and are not looked at.
-    """
-    if form != "onnx":
-        return ""
-    try:
-        return mixing(twins.of_onnx(path), shape)
-    except CompressError as error:
-        return f"not known: {error.message}"
-
-
-def normalized(twin: Logits, options: Mapping[str, Any]) -> Logits:
-    """The twin behind the normalization that a runtime does in the place of the file."""
-    if not options.get("mean"):
-        return twin
-    mean, std = (torch.tensor(options[name]) for name in ("mean", "std"))
-
-    def logits(inputs: torch.Tensor) -> torch.Tensor:
-        shape = (-1, *(1 for _ in inputs.shape[2:]))
-        return twin((inputs - mean.view(shape)) / std.view(shape))
-
-    return logits
 
 
 def _collapsed(predicted: torch.Tensor, fit: Split) -> str:

@@ -25,7 +25,7 @@ from secure_export.probes import Free, Probe
 from secure_export.records.measured import Paired, SettingResult
 from secure_export.records.memory import Split
 from secure_export.records.searches import FoundTrigger, Search, SearchMode
-from secure_export.searching import Searched, queried, search
+from secure_export.searching import Finds, queried, search
 
 if TYPE_CHECKING:
     from secure_export.lane import Bench
@@ -179,7 +179,7 @@ def _run(
     known: Sequence[Known],
     others: References | None,
     work: Work,
-) -> Searched:
+) -> Finds:
     """What the mode asks for; the seed is this search's own and no purifier's."""
     fit, seed = work.bench.splits.fit, _seed(probe.name, mode, work)
     classes = tuple(one.target_class for one in known) or tuple(range(work.classes))
@@ -188,7 +188,7 @@ def _run(
         judged = judged_on(fit, torch.Generator().manual_seed(seed))
         made = counted(file.predictor, judged, probe.perturbation(start, _shape(work)), classes)
         forwards = len(judged) * (len(classes) + 1)
-        return Searched(start, classes, tuple(lift for _, lift in made), 0, forwards, len(classes))
+        return Finds(start, classes, tuple(lift for _, lift in made), 0, forwards, len(classes))
     common: dict[str, Any] = {
         "seed": seed,
         "start": start,
@@ -201,7 +201,7 @@ def _run(
 
 
 def _scored(
-    raw: Searched,
+    raw: Finds,
     probe: Probe,
     file: Opened,
     known: Sequence[Known],

@@ -18,8 +18,6 @@ class Format(Plugin):
     suffix: ClassVar[str]
     runtime: ClassVar[str]
     """Name of the runtime that opens this file."""
-    holds_graph: ClassVar[bool] = True
-    """False where the file has weights alone, which run in the user's own architecture."""
 
     @abstractmethod
     def write(self, model: nn.Module, example: Tensor, path: Path) -> None:

@@ -22,7 +22,6 @@ class Safetensors(Format):
 
     suffix: ClassVar[str] = ".safetensors"
     runtime: ClassVar[str] = "safetensors"
-    holds_graph: ClassVar[bool] = False
 
     def write(self, model: nn.Module, example: Tensor, path: Path) -> None:
         """Write `model` (eval mode) to `path`; a normalization in front of it stays with the user's options.

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from secure_export import views
 from secure_export.locators._collapse import SparesRuins
-from secure_export.records.measured import COLLAPSED, Suspect
+from secure_export.records.measured import COLLAPSED, MIN_SCORE, Suspect
 from secure_export.records.memory import Progress, Split, View, silent
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class Inverts(SparesRuins):
         reached = [c for c in range(classes) if any(by[c] >= self.least(f) for f, by in found.items())]
         named = max(reached, key=lambda c: scores[c], default=largest)
         lead = scores[named] - median(scores)
+        needed = {self.least(family) for family in found}
         return Suspect(
             locator=self.kind,
             setting=view.setting,
@@ -60,6 +61,7 @@ class Inverts(SparesRuins):
             evidence={
                 "largest": largest,
                 "lead": lead,
+                **({MIN_SCORE: needed.pop()} if len(needed) == 1 else {}),
                 **{f"{self.reading}_{family}": by_class[named] for family, by_class in found.items()},
                 **ruin,
             },

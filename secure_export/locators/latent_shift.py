@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from secure_export.least_distance import shortest
 from secure_export.locators._collapse import SparesRuins
-from secure_export.records.measured import COLLAPSED, UNREAD, Suspect
+from secure_export.records.measured import COLLAPSED, MIN_SCORE, UNREAD, Suspect
 from secure_export.records.memory import Progress, Split, View, silent
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class LatentShift(SparesRuins):
                 "score": float(scores[named]),
                 "gap": gap,
                 "agreement": agreement,
+                MIN_SCORE: self.min_score,
                 **ruin,
                 **({UNREAD: why} if few else {}),
             },
@@ -100,22 +102,10 @@ def shift_norms(weight: Array, logits: Array, labels: Array, quantile: float) ->
 def least_distance(rows: Array, wanted: Array) -> float:
     """min |s| subject to rows s >= wanted; inf when no s does it.
 
-    Least distance programming through NNLS (Lawson and Hanson 1974, ch. 23). s lies in the span of the rows,
-    so the QR factor takes the place of a latent space that may be far wider.
+    s lies in the span of the rows, so the QR factor takes the place of a latent space that may be far wider.
     """
-    from scipy.optimize import nnls
-
-    if (wanted <= 0).all():
-        return 0.0
-    factor = np.linalg.qr(rows.T, mode="r")
-    stacked = np.vstack([factor, wanted])
-    aim = np.zeros(len(stacked))
-    aim[-1] = 1.0
-    dual, residual = nnls(stacked, aim)
-    if residual < 1e-9:
-        return float("inf")
-    rest = stacked @ dual - aim
-    return float(np.linalg.norm(rest[:-1] / rest[-1]))
+    found = shortest(np.transpose(np.linalg.qr(rows.T, mode="r")), wanted)
+    return float("inf") if found is None else float(np.linalg.norm(found))
 
 
 def log_ratios(norms: Array) -> Array:

@@ -17,13 +17,13 @@ from pydantic import BaseModel, ValidationError
 from secure_export.errors import PolicyError
 from secure_export.policy import evidence, schema, yaml
 from secure_export.policy.check import check_plugins, cross_check
-from secure_export.policy.evidence import EvidenceRule, EvidenceSpec, ForgetSpec
-from secure_export.policy.rules import Approved, approve, judge
+from secure_export.policy.evidence import EvidenceSpec, ForgetSpec
+from secure_export.policy.limits import EvidenceRule, Rule
+from secure_export.policy.rules import Approved, approve, for_report, judge
 from secure_export.policy.schema import (
     DataSpec,
     Locate,
     Policy,
-    Rule,
     Setting,
     SettingSpec,
     SubjectSpec,
@@ -49,6 +49,7 @@ __all__ = [
     "TriggerSpec",
     "approve",
     "check_plugins",
+    "for_report",
     "judge",
     "load_policy",
     "parse_policy",

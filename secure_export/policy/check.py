@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from secure_export import registry
 from secure_export.errors import PolicyError
-from secure_export.policy.schema import COMPARING, Policy, Setting
+from secure_export.policy.limits import COMPARING
+from secure_export.policy.schema import Policy, Setting
 from secure_export.policy.yaml import Loc, Problem
 
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@=+-]{0,149}")
@@ -130,6 +131,12 @@ def _searches(policy: Policy, setting: Setting, place: Loc) -> Iterator[Problem]
         if policy.subject.artifact is not None:
             what = "a file of another tool"
         yield Problem(place, f"no inverted_ rule binds {what}: give one `settings: released`")
+    elif setting.released and not spec.asks_plainly(setting):
+        yield Problem(
+            place,
+            f"every inverted_ rule on {setting.name!r} reads contrast, which misses what a file keeps when "
+            "it forgets: add one on a probe without (preset: [fast, contrast])",
+        )
     for index, rule in enumerate(spec.rules):
         if rule.mode in ("replay", "warm") and rule.binds(setting):
             unread = [probe for probe in spec.read_by(rule) if not spec.asks(setting, probe)]

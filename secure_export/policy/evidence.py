@@ -3,115 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from pathlib import PurePath
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from secure_export.policy._base import PluginSpec, Section, selection
 from secure_export.policy._readings import Reading, decide
+from secure_export.policy.limits import COUNTED, Bound, EvidenceRule
 from secure_export.policy.presets import PRESETS
 from secure_export.records.measured import Count, Paired
 from secure_export.records.searches import Search, probe_name
-
-Metric = Literal[
-    "inverted_asr",
-    "inverted_lift",
-    "inverted_p",
-    "inverted_excess",
-    "inverted_contrast",
-    "replay_asr",
-    "replay_lift",
-    "replay_excess",
-    "replay_contrast",
-    "warm_asr",
-    "warm_lift",
-    "warm_excess",
-    "warm_contrast",
-    "rounding_ks",
-    "rounding_edge",
-    "rounding_z",
-]
-"""What a rule may read. Statistics that a purifier optimizes itself (margins, latent norms) are not here."""
-
-COUNTED = ("asr", "lift", "contrast")
-"""Readings that every trigger has of its own; the others are of a whole search."""
-MODES: Mapping[str, str] = {"inverted": "cold", "replay": "replay", "warm": "warm"}
-
-
-class Bound(Protocol):
-    """A setting, as far as a rule asks."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def released(self) -> bool: ...
-
-
-class EvidenceRule(Section):
-    """A limit on what a search found on the purified files."""
-
-    metric: Metric = Field(description="what a search or the rounding says")
-    at_most: float | None = Field(None, gt=0, description="for everything but inverted_p")
-    at_least: float | None = Field(None, gt=0, lt=1, description="for inverted_p")
-    probes: Annotated[str | tuple[str, ...], selection(("all",))] = Field(
-        "all", description="all, or a list of names"
-    )
-    settings: Annotated[str | tuple[str, ...], selection(("all", "released"))] = Field(
-        "all", description="all, released, or a list of names and globs"
-    )
-    evident: bool = Field(
-        False,
-        description="of replay and warm search, read those triggers alone that are not shown to hold the "
-        "inverted_ rules on the original file: the others are natural, and stay after any repair",
-    )
-    reason: str = Field("", description="why this limit")
-
-    @model_validator(mode="after")
-    def _sensible(self) -> EvidenceRule:
-        if (self.metric == "inverted_p") != (self.at_least is not None) or self.limits != 1:
-            raise ValueError(
-                f"{self.metric} takes {'at_least' if self.metric == 'inverted_p' else 'at_most'}"
-            )
-        if self.evident and (self.mode not in ("replay", "warm") or self.reading not in COUNTED):
-            raise ValueError(f"{self.metric} is of no trigger that was found before: evident means nothing")
-        if self.mode is None:
-            if self.probes != "all":
-                raise ValueError(f"{self.metric} has no probes")
-        elif self.limit > 1:
-            raise ValueError(
-                f"{self.limit:g} is no rate: between 0 and 1, did you mean {self.limit / 100:g}?"
-            )
-        elif self.limit == 1:
-            raise ValueError(f"no {self.metric} is above 1, so the rule could never fail")
-        return self
-
-    @property
-    def limits(self) -> int:
-        """How many of the two are given."""
-        return (self.at_most is not None) + (self.at_least is not None)
-
-    @property
-    def limit(self) -> float:
-        """The one limit that is given."""
-        return next(limit for limit in (self.at_most, self.at_least) if limit is not None)
-
-    @property
-    def mode(self) -> str | None:
-        """The mode of the searches that this rule reads; None for traces in the rounding."""
-        return MODES.get(self.metric.split("_")[0])
-
-    @property
-    def reading(self) -> str:
-        """The field that this rule reads."""
-        return self.metric.split("_")[1]
-
-    def binds(self, setting: Bound) -> bool:
-        """Whether this rule looks at `setting`."""
-        if self.settings == "released":
-            return setting.released
-        return self.settings == "all" or any(fnmatchcase(setting.name, glob) for glob in self.settings)
 
 
 class ForgetSpec(Section):
@@ -132,11 +34,14 @@ class ForgetSpec(Section):
     )
 
 
+Preset = Literal["fast", "wide", "thorough", "contrast", "contrast-both", "contrast-large"]
+
+
 class EvidenceSpec(Section):
     """The search for triggers that nobody named, on the original and on every purified file."""
 
-    preset: Literal["fast", "wide", "thorough", "contrast", "contrast-both", "contrast-large"] | None = Field(
-        "fast", description="probes and their effort"
+    preset: Preset | tuple[Preset, ...] | None = Field(
+        "fast", description="probes and their effort, of one preset or of several"
     )
     probes: tuple[PluginSpec, ...] = Field(
         (), description="instead of the preset's; each kind once, and once more with contrast"
@@ -217,7 +122,8 @@ class EvidenceSpec(Section):
     @property
     def specs(self) -> tuple[Mapping[str, Any], ...]:
         """The probes that run, as `{kind: name, **parameters}`."""
-        return self.probes or (PRESETS[self.preset] if self.preset else ())
+        presets = (self.preset,) if isinstance(self.preset, str) else self.preset or ()
+        return self.probes or tuple(probe for preset in presets for probe in PRESETS[preset])
 
     @property
     def effort(self) -> Mapping[str, Any]:
@@ -295,6 +201,15 @@ class EvidenceSpec(Section):
         return any(
             rule.mode == "cold" and probe in self.read_by(rule) and rule.binds(setting) for rule in self.rules
         )
+
+    def asks_plainly(self, setting: Bound) -> bool:
+        """Whether a rule reads a cold search that works against no reference.
+
+        A trigger that lies in no weight (a place cut out and compared with a number) stays in every
+        reference, so contrast overlooks it.
+        """
+        plain = set(self.names) - set(self.contrasting)
+        return any(self.asks(setting, probe) for probe in plain)
 
     def evident(
         self, probe: str, settings: Iterable[Bound], searches: Iterable[Search], alpha: float

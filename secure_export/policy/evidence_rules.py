@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from secure_export.policy._readings import Reading, decide, message, severity
-from secure_export.policy.evidence import EvidenceRule, EvidenceSpec
+from secure_export.policy.evidence import EvidenceSpec
+from secure_export.policy.limits import EvidenceRule
 from secure_export.policy.schema import Policy, Setting
 from secure_export.records.measured import Count, Finding, Paired
 from secure_export.records.reported import Report

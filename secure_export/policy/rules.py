@@ -15,7 +15,8 @@ from secure_export.policy._readings import Reading, decide, message, severity
 from secure_export.policy.builtin import builtin_findings, measured, suspected
 from secure_export.policy.check import for_artifact
 from secure_export.policy.evidence_rules import evidence_findings
-from secure_export.policy.schema import ARTIFACT, PER_TRIGGER, Policy, Rule, Setting
+from secure_export.policy.limits import PER_TRIGGER, Rule
+from secure_export.policy.schema import ARTIFACT, Policy, Setting
 from secure_export.records.measured import Count, Finding, Measurement, Outcome, Paired, Verdict
 from secure_export.records.reported import Report
 
@@ -26,8 +27,7 @@ def judge(policy: Policy, report: Report) -> Verdict:
     Only the purified lane is ruled. One finding per rule and setting: the worst trigger and class. Nothing is
     measured here, so a stored report can be judged under another policy.
     """
-    if report.subject.architecture == ARTIFACT and policy.subject.artifact is None:
-        policy = for_artifact(policy, report.subject.path)
+    policy = for_report(policy, report)
     findings = list(builtin_findings(policy, report))
     for setting in policy.expanded_settings():
         measurement = measured(report, setting)
@@ -37,6 +37,17 @@ def judge(policy: Policy, report: Report) -> Verdict:
                 findings.append(_rule(rule, setting, measurement, policy, report, line))
     findings += evidence_findings(policy, report)
     return Verdict(outcome(findings), tuple(findings))
+
+
+def for_report(policy: Policy, report: Report) -> Policy:
+    """The policy as it binds this report: of a file that another tool made there is one setting alone.
+
+    Raises:
+        PolicyError: no rule on asr or lift, or none on accuracy, binds such a file.
+    """
+    if report.subject.architecture == ARTIFACT and policy.subject.artifact is None:
+        return for_artifact(policy, report.subject.path)
+    return policy
 
 
 def outcome(findings: Sequence[Finding]) -> Outcome:

@@ -9,19 +9,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    PrivateAttr,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, field_validator, model_validator
 
-from secure_export.policy._base import PluginSpec, Section, selection
+from secure_export.policy._base import PluginSpec, Section
 from secure_export.policy._base import spec as with_kind
 from secure_export.policy.evidence import EvidenceSpec
+from secure_export.policy.limits import Rule
 from secure_export.policy.yaml import Loc, Source
 from secure_export.records.measured import Samples
 from secure_export.records.reported import MOST_CLASSES
@@ -34,10 +27,6 @@ Name = Annotated[
 
 ARTIFACT = "artifact"
 """The one setting of a job on a file that another tool made; also how a report names its architecture."""
-AT_MOST = ("acc_drop", "asr", "lift", "logit_difference", "top_share")
-PER_TRIGGER = ("asr", "lift", "ra")
-COMPARING = ("acc_drop", "agreement", "logit_difference")
-PAIRED = ("acc_drop", "lift")
 MOST_SETTINGS = 1000
 """With every sweep resolved."""
 PATHS = ("subject.model", "subject.artifact", "data.path", "data.holdout_path")
@@ -148,70 +137,6 @@ class TriggerSpec(Section):
     def _gather(cls, value: Any) -> Any:
         flat = dict(with_kind(value))
         return {"name": flat.pop("name", flat["kind"]), "plugin": flat}
-
-
-class Rule(Section):
-    """One limit on one metric."""
-
-    metric: Literal["acc", "acc_drop", "asr", "lift", "ra", "agreement", "logit_difference", "top_share"] = (
-        Field(description="what is counted on the holdout")
-    )
-    at_most: float | None = Field(
-        None, ge=0, description="for acc_drop, asr, lift, top_share, logit_difference"
-    )
-    at_least: float | None = Field(None, ge=0, description="for acc, ra, agreement")
-    settings: Annotated[str | tuple[str, ...], selection(("all", "released"))] = Field(
-        "all", description="all, released, or a list of names and globs"
-    )
-    classes: Literal["all", "suspects"] = Field(
-        "all", description="target classes that asr, lift and ra look at"
-    )
-    triggers: Annotated[str | tuple[str, ...], selection(("all",))] = Field(
-        "all", description="all, or a list of names"
-    )
-    reason: str = Field("", description="why this limit")
-
-    @field_validator("at_most", "at_least")
-    @classmethod
-    def _a_limit(cls, limit: float | None, info: ValidationInfo) -> float | None:
-        metric = info.data.get("metric")
-        if limit is None or metric is None:
-            return limit
-        if (metric in AT_MOST) != (info.field_name == "at_most"):
-            raise ValueError(f"{metric} takes {'at_most' if metric in AT_MOST else 'at_least'}")
-        if metric == "logit_difference":
-            return limit
-        if limit > 1:
-            raise ValueError(f"{limit:g} is no rate: between 0 and 1, did you mean {limit / 100:g}?")
-        if limit == (0 if metric in AT_MOST else 1) and metric not in PAIRED:
-            raise ValueError(
-                f"no number of samples can show {metric} of exactly {limit:g}: allow for a margin"
-            )
-        return limit
-
-    @model_validator(mode="after")
-    def _complete(self) -> Rule:
-        if self.at_most is None and self.at_least is None:
-            raise ValueError(f"{self.metric} needs {'at_most' if self.metric in AT_MOST else 'at_least'}")
-        if self.metric not in PER_TRIGGER and (self.classes, self.triggers) != ("all", "all"):
-            raise ValueError(f"{self.metric} has neither classes nor triggers")
-        return self
-
-    @property
-    def limit(self) -> float:
-        """The one limit that is given."""
-        return next(limit for limit in (self.at_most, self.at_least) if limit is not None)
-
-    @property
-    def can_fail(self) -> bool:
-        """Whether any count breaks the limit: no rate is above 1 or below 0."""
-        return self.metric == "logit_difference" or self.limit != (1 if self.metric in AT_MOST else 0)
-
-    def binds(self, setting: Setting) -> bool:
-        """Whether this rule looks at `setting`."""
-        if self.settings == "released":
-            return setting.released
-        return self.settings == "all" or any(fnmatchcase(setting.name, glob) for glob in self.settings)
 
 
 @dataclass(frozen=True)

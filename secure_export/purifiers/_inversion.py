@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 import torch.nn.functional as F
 
+from secure_export.perturbations import FEWEST_POSITIONS, Perturbation
 from secure_export.purifiers._training import margin
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ Family = Literal["patch", "l2", "linf"]
 Logits = Callable[["Tensor"], "Tensor"]
 CONFIDENT = 2.0
 """Margin by which the class must win before a sample stops pulling."""
-FEWEST_PIXELS = 4.0
 
 
 @dataclass(frozen=True)
@@ -37,36 +37,20 @@ class Budget:
         low, high = {"patch": self.patch_area, "l2": self.l2_rms, "linf": self.linf}[family]
         drawn = low + (high - low) * torch.rand(count, generator=generator)
         if family == "patch":
-            return (drawn * shape[1:].numel()).clamp(min=FEWEST_PIXELS)
+            return (drawn * shape[1:].numel()).clamp(min=FEWEST_POSITIONS)
         return drawn * shape.numel() ** 0.5 if family == "l2" else drawn
-
-
-@dataclass(frozen=True)
-class Triggers:
-    """`keep` [R, 1, ...] of the input stays and `add` [R, ...] comes on top; R universal perturbations."""
-
-    keep: Tensor
-    add: Tensor
-
-    def __len__(self) -> int:
-        return len(self.add)
-
-    def stamp(self, inputs: Tensor, which: Tensor) -> Tensor:
-        """Inputs [N, ...] in [0, 1], each with perturbation number `which` [N]."""
-        return (inputs * self.keep[which] + self.add[which]).clamp(0, 1)
-
-    def last(self, count: int) -> Triggers:
-        """The newest `count` of them."""
-        return Triggers(self.keep[-count:], self.add[-count:])
-
-    def joined(self, other: Triggers) -> Triggers:
-        """Both sets."""
-        return Triggers(torch.cat([self.keep, other.keep]), torch.cat([self.add, other.add]))
 
 
 def applicable(family: Family, inputs: Tensor) -> bool:
     """A patch needs two axes of space; additive perturbations take any shape."""
     return family != "patch" or inputs.ndim == 4
+
+
+def newest(earlier: Perturbation | None, found: Perturbation, count: int) -> Perturbation:
+    """The last `count` of both, of perturbations that cover and add alone."""
+    both = [found] if earlier is None else [earlier, found]
+    keep, add = torch.cat([one.keep for one in both]), torch.cat([one.add for one in both])
+    return Perturbation(keep[-count:], add[-count:])
 
 
 def universal(
@@ -76,11 +60,11 @@ def universal(
     family: Family,
     budget: Tensor,
     *,
-    start: Triggers | None = None,
+    start: Perturbation | None = None,
     steps: int,
     batch: int,
     generator: Generator,
-) -> Triggers:
+) -> Perturbation:
     """len(budget) perturbations of `inputs` [N, ...] (none of the target class), optimized side by side.
 
     The first go on from `start`, the others begin as noise. They must fool all `networks`: what fools the
@@ -103,15 +87,15 @@ def universal(
     value.requires_grad_(True)
     optimizer = torch.optim.Adam([place, value], lr=0.2, betas=(0.5, 0.9))
 
-    def current() -> Triggers:
+    def current() -> Perturbation:
         if family == "patch":
             mass = budget[:, None] * torch.softmax(place, 1)
             mask = mass.clamp(max=1).view(count, 1, *shape[1:])
-            return Triggers(1 - mask, mask * torch.sigmoid(value))
+            return Perturbation(1 - mask, mask * torch.sigmoid(value))
         if family == "l2":
             length = value.flatten(1).norm(dim=1).view_as(wide)
-            return Triggers(whole, value * wide / length)
-        return Triggers(whole, wide * torch.tanh(value))
+            return Perturbation(whole, value * wide / length)
+        return Perturbation(whole, wide * torch.tanh(value))
 
     each = max(1, batch // count)
     which = torch.arange(count).repeat_interleave(each)
@@ -125,10 +109,10 @@ def universal(
         optimizer.step()
     with torch.no_grad():
         found_now = current()
-    return Triggers(found_now.keep.detach(), found_now.add.detach())
+    return Perturbation(found_now.keep.detach(), found_now.add.detach())
 
 
-def _unparametrized(start: Triggers, family: Family) -> tuple[Tensor, Tensor]:
+def _unparametrized(start: Perturbation, family: Family) -> tuple[Tensor, Tensor]:
     """The free variables of `universal` that give `start`."""
     if family == "patch":
         mask = 1 - start.keep
@@ -156,7 +140,7 @@ def per_sample(
 
 
 @torch.no_grad()
-def success(logits: Logits, inputs: Tensor, target_class: int, triggers: Triggers) -> Tensor:
+def success(logits: Logits, inputs: Tensor, target_class: int, triggers: Perturbation) -> Tensor:
     """[R] share of `inputs` that each perturbation carries into the class."""
     rates = []
     for number in range(len(triggers)):

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from secure_export import batchnorms
+
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
@@ -73,34 +75,10 @@ def masked_weights(model: nn.Module, ratio: float, norms: Mapping[str, str], hea
     return masked
 
 
-@torch.no_grad()
 def followers(model: nn.Module, inputs: Tensor) -> dict[str, str]:
     """Convolution to the BatchNorm that reads its output, by name, seen in one pass over `inputs`."""
-    made: dict[int, str] = {}
-    kept: list[Tensor] = []
-    found: dict[str, str] = {}
-    handles = []
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Conv1d | nn.Conv2d):
-
-            def after(_: nn.Module, __: object, output: Tensor, name: str = name) -> None:
-                made[id(output)] = name
-                kept.append(output)  # alive, so that no other tensor gets its id
-
-            handles.append(layer.register_forward_hook(after))
-        elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-
-            def before(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-                if id(args[0]) in made:
-                    found[made[id(args[0])]] = name
-
-            handles.append(layer.register_forward_pre_hook(before))
-    try:
-        model(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+    read_by = batchnorms.readers(model, inputs, (nn.Conv1d, nn.Conv2d), (nn.BatchNorm1d, nn.BatchNorm2d))
+    return {name: norms[-1] for name, norms in read_by.items() if norms}
 
 
 def sparse_weights(model: nn.Module, ratio: float, head: str) -> dict[str, Tensor]:
@@ -131,16 +109,14 @@ def calibrated_buffers(model: nn.Module, weights: Mapping[str, Tensor], clean: T
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     norms = batch_norms(model)
-    momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.train()
-        norm.momentum = 1.0
     try:
-        functional_call(model, {**buffers, **weights}, (clean,))
+        with batchnorms.momentum(norms, 1.0):
+            functional_call(model, {**buffers, **weights}, (clean,))
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
+        for norm in norms:
             norm.eval()
-            norm.momentum = momentum
     return buffers
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
 from torch import nn
 
+from secure_export import batchnorms
 from secure_export.purifiers import _training
 from secure_export.purifiers._work import FineTuned, Work
 
@@ -34,6 +34,7 @@ class FtSam(FineTuned):
         optimizer = _training.sgd(model.parameters(), self.lr, self.momentum, self.weight_decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)
         parameters = list(model.parameters())
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
         def backward(inputs: Tensor, labels: Tensor) -> float:
             loss = smoothed_cross_entropy(model(inputs), labels, self.smoothing)
@@ -44,7 +45,7 @@ class FtSam(FineTuned):
         def step(inputs: Tensor, labels: Tensor) -> float:
             loss = backward(inputs, labels)
             climbed = climb(parameters, self.rho, self.adaptive)
-            with frozen_statistics(model):
+            with batchnorms.momentum(norms, 0.0):  # statistics are those of the weights before the climb
                 backward(inputs, labels)
             with torch.no_grad():
                 for parameter, before in climbed:
@@ -77,17 +78,3 @@ def climb(
     for w, gradient, scale in moving:
         w.add_(scale.square() * gradient, alpha=rho / (norm + 1e-12))
     return before
-
-
-@contextmanager
-def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """BatchNorm normalizes by the batch and leaves its running statistics alone."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    kept = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, kept, strict=True):
-            norm.momentum = momentum

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator
 
 from secure_export.augmentation import Augment, augmented
+from secure_export.perturbations import Perturbation
 from secure_export.purifiers import Purifier, _inversion, _training, _views
 from secure_export.purifiers._draws import Drawn, Draws, Kind
-from secure_export.purifiers._inversion import Budget, Family, Triggers
+from secure_export.purifiers._inversion import Budget, Family
 from secure_export.records.memory import Progress, Purified, Split, silent
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class _Run:
         self.budget = Budget(knobs.patch_area, knobs.l2_rms, knobs.linf)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=knobs.lr)
         self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
-        self.found: dict[Family, Triggers] = {}
+        self.found: dict[Family, Perturbation] = {}
         self.history: list[dict[str, float | str]] = []
         self.step = 0
 
@@ -196,16 +197,14 @@ class _Run:
             generator=self.generator,
             start=None if first else self.warm(family),
         )
-        earlier = self.found.get(family)
-        joined = triggers if earlier is None else earlier.joined(triggers)
-        self.found[family] = joined.last(knobs.memory)
+        self.found[family] = _inversion.newest(self.found.get(family), triggers, knobs.memory)
         return float(_inversion.success(view, self.others[:128], self.target, triggers).max())
 
-    def warm(self, family: Family) -> Triggers:
+    def warm(self, family: Family) -> Perturbation:
         """Half of a search goes on from what was found: a rest of the backdoor lies near it."""
         known = self.found[family]
         index = torch.randperm(len(known), generator=self.generator)[: self.knobs.width // 2]
-        return Triggers(known.keep[index], known.add[index])
+        return Perturbation(known.keep[index], known.add[index])
 
     def train_step(self) -> float:
         """One step on clean samples (always full precision) and on stamped ones (a drawn view)."""

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from secure_export import views
 from secure_export.errors import DataError
+from secure_export.least_distance import shortest
 from secure_export.purifiers._work import FineTuned, Work
 
 if TYPE_CHECKING:
@@ -73,28 +74,11 @@ class Tac(FineTuned):
 
 
 def least_shift(weight: Array, bias: Array, latents: Array, k: int, quantile: float = 1.0) -> Array | None:
-    """s_k [D] for a head [K, D] over latents [N, D]; None where no shift does it.
-
-    Least-distance programming (Lawson and Hanson 1974, ch. 23): with rows G and bounds h, the multipliers
-    are a non-negative least-squares problem in K - 1 variables.
-    """
-    from scipy.optimize import nnls
-
+    """s_k [D] for a head [K, D] over latents [N, D]; None where no shift does it."""
     others = np.arange(len(weight)) != k
     rows = weight[k] - weight[others]
     missing = latents @ (weight[others] - weight[k]).T + (bias[others] - bias[k])
-    bounds = np.quantile(missing, quantile, axis=0)
-    if (bounds <= 0).all():
-        return np.zeros(weight.shape[1])
-    stacked = np.vstack([rows.T, bounds])
-    aim = np.zeros(len(stacked))
-    aim[-1] = 1.0
-    multipliers, residual = nnls(stacked, aim)
-    if residual < 1e-9:
-        return None
-    rest = stacked @ multipliers - aim
-    found: Array = -rest[:-1] / rest[-1]
-    return found
+    return shortest(rows, np.quantile(missing, quantile, axis=0))
 
 
 def smallness(norms: list[float], k: int) -> float:

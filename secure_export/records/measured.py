@@ -114,6 +114,8 @@ FIT_ACC = "fit_acc"
 """Key of Suspect.evidence: the accuracy on fit, by which a ruin is told."""
 EXCESS = "excess"
 """Key of Suspect.evidence: the share of fit by which one class is predicted more often than it occurs."""
+MIN_SCORE = "min_score"
+"""Key of Suspect.evidence: the score that naming a class takes, where one score holds for all of them."""
 ALWAYS_NAMES = "always_names_a_class"
 """Key of Suspect.evidence of a locator that cannot say "none": alone, its class is no evidence."""
 

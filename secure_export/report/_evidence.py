@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from secure_export.records.reported import Report
 from secure_export.records.searches import FoundTrigger, Rounding, Search
 from secure_export.report._tables import class_label, differing, percent, points
+from secure_export.words import plural
 
 MODES = {"cold": "from nothing", "replay": "replay of the original's", "warm": "on from the original's"}
 HEADER = ("setting", "lane", "probe", "budget", "effort", "best found", "seconds")
@@ -56,7 +57,7 @@ def _strength(found: FoundTrigger) -> float:
 
 def _effort(search: Search) -> str:
     if search.mode == "replay":
-        return f"{len(search.found)} triggers"
+        return plural(len(search.found), "trigger")
     done = (
         f"{search.steps} steps"
         if search.steps == search.planned

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from secure_export.records.measured import COLLAPSED, UNREAD, Artifact, Finding, Suspect
 from secure_export.records.reported import Report
-from secure_export.report._tables import Worst, class_label, percent, plural, points, worst_lift
+from secure_export.report._tables import Worst, as_received, class_label, percent, points, worst_lift
+from secure_export.words import plural
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,13 @@ def facts(report: Report) -> tuple[Fact, ...]:
 
 
 def _accuracy(report: Report) -> Fact:
-    label = "Accuracy, original → purified"
+    one = as_received(report)
+    label = "Accuracy" if one else "Accuracy, original → purified"
     for setting in report.settings:
         original, purified = setting.original.measurement, setting.purified.measurement
         if original is not None and purified is not None:
-            value = f"{percent(original.acc.rate)} → {percent(purified.acc.rate)}"
+            shares = [percent(m.acc.rate) for m in ((purified,) if one else (original, purified))]
+            value = " → ".join(shares)
             return Fact(label, value, f"{setting.name}, {plural(purified.acc.total, 'holdout sample')}")
     return Fact(label, "not measured", "no setting was measured in both lanes")
 
@@ -39,10 +42,9 @@ def _lift(report: Report) -> Fact:
     original, purified = _worst_over(report, "original"), _worst_over(report, "purified")
     if original is None or purified is None:
         return Fact(label, "not measured", "no trigger was measured in both lanes")
-    value = f"{points(original[0].value)} → {points(purified[0].value)}"
-    places = [
-        f"{w.trigger} → {class_label(report, w.target_class)} in {name}" for w, name in (original, purified)
-    ]
+    shown = (purified,) if as_received(report) else (original, purified)
+    value = " → ".join(points(worst.value) for worst, _ in shown)
+    places = [f"{w.trigger} → {class_label(report, w.target_class)} in {name}" for w, name in shown]
     return Fact(label, value, places[0] if len(set(places)) == 1 else f"{places[0]}; then {places[1]}")
 
 
@@ -90,7 +92,8 @@ def _searched(report: Report) -> Fact:
 def overridden(report: Report) -> str:
     """`purify: off, seed: 5`: what flags and environment said instead of the policy's text."""
     return ", ".join(
-        f"{key}: {'off' if value is None else value}" for key, value in sorted(report.overrides.items())
+        f"{key}: {'off' if value is None else plain(value)}"
+        for key, value in sorted(report.overrides.items())
     )
 
 
@@ -148,6 +151,8 @@ def wakes_when_compressed(report: Report) -> str:
 def purification_line(report: Report) -> str:
     """What the purifier did."""
     done = report.purification
+    if as_received(report):
+        return "Nothing was purified: a file of another tool is judged as it is."
     if done is None:
         return "Nothing was purified: the purified lane is the model as it was handed in."
     targets = _labels(report, done.target_classes)
@@ -193,6 +198,20 @@ def numbers(finding: Finding) -> str:
     return ", ".join(parts)
 
 
-def inline(mapping: Mapping[str, object], without: Sequence[str] = ()) -> str:
+def inline(mapping: Mapping[str, object]) -> str:
     """A mapping on one line."""
-    return ", ".join(f"{key} {value}" for key, value in mapping.items() if key not in without)
+    return ", ".join(f"{key} {plain(value)}" for key, value in mapping.items())
+
+
+def plain(value: object) -> str:
+    """A parameter in words; a tuple reads as the list that it is once report.json was read again."""
+    if isinstance(value, Mapping):
+        return f"{{{inline(value)}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(plain, value))}]"
+    return str(value)
+
+
+def lanes_title(report: Report) -> str:
+    """What the table of settings is called."""
+    return "Measured as received" if as_received(report) else "Purified beside original"

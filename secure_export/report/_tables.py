@@ -6,12 +6,15 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from secure_export.policy.schema import ARTIFACT
 from secure_export.records.measured import Count, Finding, Measurement, Paired, SettingResult
 from secure_export.records.reported import Report
+from secure_export.words import plural
 
 COLUMNS = ("ACC", "ACC drop", "worst lift", "worst ASR", "lowest RA", "agreement", "size", "ms/sample")
-COLLAPSED_SHARE = 0.5
-"""Above this share of predictions in one class a model is marked as collapsed."""
+ONE_CLASS_SHARE = 0.5
+"""Above this share of predictions a row is marked as collapsed. A mark for the reader and nothing else: what
+locators and searches leave out is told on fit, by limits of their own."""
 HEADLINES = {"released": "Released", "refused": "Refused", "no_verdict": "No verdict"}
 
 _AT_RATIO = re.compile(r"^(?P<before>.+?)@(?P<ratio>\d*\.?\d+)(?P<after>.*)$")
@@ -46,6 +49,8 @@ class Row:
 
     setting: str
     lane: str
+    span: int
+    """Lanes of the setting, on its first row; 0 on the others."""
     released: bool
     collapsed: bool
     cells: tuple[Cell, ...]
@@ -100,15 +105,16 @@ def lowest_ra(measurement: Measurement) -> Worst | None:
     return min(found, key=lambda w: w.value, default=None)
 
 
-def collapsed(measurement: Measurement) -> bool:
+def in_one_class(measurement: Measurement) -> bool:
     """Whether most predictions fall into one class."""
-    return measurement.top_share.rate > COLLAPSED_SHARE
+    return measurement.top_share.rate > ONE_CLASS_SHARE
 
 
 def class_label(report: Report, index: int) -> str:
-    """A class by number and name."""
+    """A class by number and name: `class 3 (cat)`."""
     names = report.subject.class_names
-    return f"{index} {names[index]}" if 0 <= index < len(names) else str(index)
+    name = names[index] if 0 <= index < len(names) else str(index)
+    return f"class {index}" if name == str(index) else f"class {index} ({name})"
 
 
 def in_megabytes(size: int) -> str:
@@ -122,8 +128,13 @@ def sweep_point(setting: str) -> tuple[str, float] | None:
     return (match["before"] + match["after"], float(match["ratio"])) if match else None
 
 
+def as_received(report: Report) -> bool:
+    """Whether there is one lane: nothing can purify a file of another tool, so both lanes are that file."""
+    return report.subject.architecture == ARTIFACT
+
+
 def rows(report: Report) -> tuple[Row, ...]:
-    """Original above purified, setting by setting."""
+    """Original above purified, setting by setting; of a file of another tool, the one lane."""
     return tuple(_rows(report))
 
 
@@ -131,14 +142,16 @@ def _rows(report: Report) -> Iterator[Row]:
     for setting in report.settings:
         binding = [f for f in report.verdict.findings if f.setting == setting.name]
         steps = " → ".join(str(step.get("kind", "?")) for step in setting.steps) or "none"
-        for result in (setting.original, setting.purified):
+        results = (setting.purified,) if as_received(report) else (setting.original, setting.purified)
+        for result in results:
             measurement, missing = result.measurement, result.unmeasured
             judged = result.lane == "purified"
             yield Row(
                 setting=setting.name,
-                lane=result.lane,
+                lane="as received" if as_received(report) else result.lane,
+                span=len(results) if result is results[0] else 0,
                 released=setting.released,
-                collapsed=measurement is not None and collapsed(measurement),
+                collapsed=measurement is not None and in_one_class(measurement),
                 cells=_cells(report, result, measurement) if measurement is not None else (),
                 unmeasured=""
                 if measurement is not None
@@ -202,8 +215,3 @@ def sentence(report: Report) -> str:
 def release_tag(report: Report) -> str:
     """How a setting that the policy wants released is marked."""
     return "released" if report.verdict.outcome == "released" else "for release"
-
-
-def plural(number: int, noun: str) -> str:
-    """`1 file`, `2 files`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -10,9 +10,7 @@ from secure_export.errors import ReleaseError
 from secure_export.records.reported import Report
 from secure_export.report.html import to_html
 from secure_export.report.markdown import to_markdown
-from secure_export.report.schema import dump_report
-
-FORMATS = {"json": "report.json", "markdown": "report.md", "html": "report.html"}
+from secure_export.report.schema import FORMATS, dump_report
 
 
 def documents(report: Report) -> Mapping[str, bytes]:

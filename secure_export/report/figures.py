@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from secure_export.records.measured import Lane, Measurement, Suspect
+from secure_export.records.measured import MIN_SCORE, Lane, Measurement, Suspect
 from secure_export.records.reported import Report, ReportedSetting
 from secure_export.report import _tables as tables
 from secure_export.report._canvas import INK, LIMIT, LINE, MUTED, ORIGINAL, PURIFIED, SHADE, drawn
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 MOST_PANELS = 24
 MOST_BARS = 20
+SERIES = {
+    "margin": "margin of the suspected class",
+    "fit_acc": "all samples of fit",
+    "target_acc": "those of the suspected class",
+}
+"""What the series of a purifier's history are called in the figure."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ def _curve(
         measurement = getattr(points[ratio], lane).measurement
         value = None if measurement is None else reading.read(measurement)
         values.append(float("nan") if value is None else value)
-        fallen.append(measurement is not None and tables.collapsed(measurement))
+        fallen.append(measurement is not None and tables.in_one_class(measurement))
     colour, style = (ORIGINAL, (0, (4, 2))) if lane == "original" else (PURIFIED, "solid")
     axes.plot(ratios, values, color=colour, linestyle=style, label=lane, zorder=3)
     for marker, wanted in (("o", False), ("X", True)):
@@ -140,9 +146,11 @@ def localization(report: Report) -> Drawing | None:
     caption = (
         "Scores per class, larger is more suspicious; a named class stands out. Scales differ per panel."
     )
+    if any(MIN_SCORE in s.evidence for s in shown):
+        caption += " Dotted: the score that naming a class takes, among other things."
     if len(shown) < len(readable):
         caption += f" {len(shown)} of {len(readable)} views are drawn; all are in report.json."
-    width, height = 10.2 * columns / 4, 0.25 + 1.45 * lines
+    width, height = 10.2 * columns / 4, 0.25 + 1.65 * lines
     return Drawing(
         drawn("localization", width, height, lambda figure: _panels(figure, report, shown, lines, columns)),
         caption,
@@ -153,7 +161,7 @@ def _panels(figure: Figure, report: Report, shown: Sequence[Suspect], lines: int
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes in panels[len(shown) :]:
         axes.set_axis_off()
-    for axes, suspect in zip(panels, shown, strict=False):
+    for number, (axes, suspect) in enumerate(zip(panels, shown, strict=False)):
         classes = sorted(range(len(suspect.scores)), key=lambda c: -suspect.scores[c])[:MOST_BARS]
         classes.sort()
         colours = [LIMIT if c == suspect.target_class else MUTED for c in classes]
@@ -162,18 +170,20 @@ def _panels(figure: Figure, report: Report, shown: Sequence[Suspect], lines: int
         axes.tick_params(length=0, labelsize=7)
         axes.yaxis.set_major_locator(MaxNLocator(3))
         axes.grid(visible=False, axis="x")
-        named = suspect.target_class is not None
-        answer = tables.class_label(report, suspect.target_class) if named else "none"  # type: ignore[arg-type]
-        axes.set_title(f"{suspect.locator}, {suspect.setting}", fontsize=8, color=MUTED)
-        axes.annotate(
-            answer,
-            (1, 1),
-            xycoords="axes fraction",
-            ha="right",
-            va="top",
-            fontsize=8,
-            color=LIMIT if named else MUTED,
-        )
+        if number % columns == 0:
+            axes.set_ylabel("score", fontsize=8)
+        if (needed := suspect.evidence.get(MIN_SCORE)) is not None:
+            axes.axhline(float(needed), color=LIMIT, linestyle=(0, (1, 1.5)), linewidth=1.2)
+        axes.set_title(f"{suspect.locator}, {suspect.setting}", fontsize=8, color=MUTED, pad=15)
+        colour = MUTED if suspect.target_class is None else LIMIT
+        axes.annotate(_answer(report, suspect), (0, 1), xycoords="axes fraction", xytext=(0, 4),
+                      textcoords="offset points", fontsize=8, color=colour)  # fmt: skip
+
+
+def _answer(report: Report, suspect: Suspect) -> str:
+    if suspect.target_class is not None:
+        return f"names {tables.class_label(report, suspect.target_class)}"
+    return "names no class" if suspect.judged else "not judged"
 
 
 def history(report: Report) -> Drawing | None:
@@ -187,7 +197,16 @@ def history(report: Report) -> Drawing | None:
         return None
     return Drawing(
         drawn("history", 10.2, 2.9, lambda figure: _history(figure, done.history, groups)),
-        f"{done.kind} on the fit split, epoch by epoch; shading marks the phases.",
+        f"{done.kind} on the fit split, epoch by epoch; shading marks the phases.{_explained(groups)}",
+    )
+
+
+def _explained(groups: Sequence[Sequence[str]]) -> str:
+    if not any("margin" in key for keys in groups for key in keys):
+        return ""
+    return (
+        " Margin: the logit of the suspected class less the largest other one, mean over samples of other "
+        "classes; below 0 the class loses."
     )
 
 
@@ -196,6 +215,12 @@ def _series(epochs: Sequence[Mapping[str, Any]], word: str) -> list[str]:
         key for epoch in epochs for key, value in epoch.items() if isinstance(value, int | float)
     )
     return [key for key in keys if word in key and not key.startswith("target_class")]
+
+
+def _unit(keys: Sequence[str]) -> str:
+    if all("margin" in key for key in keys):
+        return "margin (logits)"
+    return "accuracy" if all("acc" in key for key in keys) else "loss"
 
 
 def _history(figure: Figure, epochs: Sequence[Mapping[str, Any]], groups: Sequence[Sequence[str]]) -> None:
@@ -213,9 +238,17 @@ def _history(figure: Figure, epochs: Sequence[Mapping[str, Any]], groups: Sequen
                           xytext=(0, 3), textcoords="offset points", fontsize=7.5, color=MUTED)  # fmt: skip
         for key, (colour, style) in zip(keys, styles, strict=False):
             values = [float(epoch.get(key, "nan")) for epoch in epochs]
-            axes.plot(steps, values, color=colour, linestyle=style, label=key.replace("_", " "), zorder=3)
+            axes.plot(
+                steps,
+                values,
+                color=colour,
+                linestyle=style,
+                label=SERIES.get(key, key.replace("_", " ")),
+                zorder=3,
+            )
         axes.set_xlim(0.5, len(epochs) + 0.5)
         axes.set_xlabel("epoch")
+        axes.set_ylabel(_unit(keys))
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.grid(visible=False, axis="x")
         if all("acc" in key for key in keys):

@@ -10,6 +10,7 @@ from secure_export.report import _evidence as searched
 from secure_export.report import _story as story
 from secure_export.report import _tables as tables
 from secure_export.report import costs, figures
+from secure_export.words import plural
 
 
 def to_html(report: Report) -> str:
@@ -26,6 +27,7 @@ def to_html(report: Report) -> str:
     return environment.get_template("report.html.j2").render(
         report=report,
         tables=tables,
+        plural=plural,
         story=story,
         costs=costs,
         searched=searched,

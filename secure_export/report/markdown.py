@@ -11,6 +11,7 @@ from secure_export.report import _evidence as searched
 from secure_export.report import _story as story
 from secure_export.report import _tables as tables
 from secure_export.report import costs
+from secure_export.words import plural
 
 _ACTIVE = re.compile(r"([\\`*\[\]|])")
 _EDGE_UNDERSCORE = re.compile(r"(?<![^\W_])_|_(?![^\W_])")
@@ -73,7 +74,7 @@ def _findings(findings: Sequence[Finding]) -> Iterator[str]:
 
 
 def _settings(report: Report) -> Iterator[str]:
-    yield "## Purified beside original"
+    yield f"## {story.lanes_title(report)}"
     yield ""
     body = []
     for row in tables.rows(report):
@@ -125,7 +126,7 @@ def _evidence(report: Report) -> Iterator[str]:
     yield "## What was searched, and what was not"
     yield ""
     for trigger in evidence.known_triggers:
-        yield f"- Known trigger {escape(story.inline(trigger))}."
+        yield f"- Known trigger: {escape(story.inline(trigger))}."
     yield f"- Search for unknown triggers: {escape(evidence.trigger_search)}."
     for gap in evidence.not_shown:
         yield f"- Not shown: {escape(gap)}"
@@ -177,11 +178,12 @@ def _provenance(report: Report) -> Iterator[str]:
     yield "## Provenance"
     yield ""
     shape = "×".join(str(side) for side in subject.input_shape)
-    yield f"- Model: {escape(subject.path)}, {escape(subject.architecture)}, head {escape(subject.head)}, "
+    head = f"head layer `{escape(subject.head)}`," if subject.head else ""
+    yield f"- Model: {escape(subject.path)}, {escape(subject.architecture)}, {head}".rstrip()
     yield f"  {subject.parameters:,} parameters, {subject.classes} classes, input {shape}"
     yield f"- Model sha256: `{escape(subject.sha256)}`"
     for name, split in report.splits.items():
-        size = tables.plural(split.samples, "sample")
+        size = plural(split.samples, "sample")
         yield f"- Split {escape(name)}: {size}, sha256 `{escape(split.sha256)}`"
     yield f"- Tool: {escape(report.tool)}; {escape(story.inline(report.environment))}"
     yield f"- Seconds: {escape(story.inline({k: f'{v:.1f}' for k, v in report.timings.items()}))}"

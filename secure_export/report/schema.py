@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from secure_export.errors import IntegrityError, PolicyError, ReleaseError
+from secure_export.errors import IntegrityError, PolicyError
 from secure_export.records.reported import Report
 
 SCHEMA = 1
 """The only `schema` number that this version writes and reads."""
 LONGEST_INTEGER = 20
 """Digits, of 64 bits and a sign."""
+FORMATS = {"json": "report.json", "markdown": "report.md", "html": "report.html"}
+"""What a report's files are called, in a run directory and in a release; the first is this one."""
 
 
 class _Envelope(BaseModel):
@@ -36,28 +37,8 @@ def dump_report(report: Report) -> str:
     return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
 
-def save_report(report: Report, path: Path) -> None:
-    """Write `path` whole or not at all.
-
-    Raises:
-        ReleaseError: it cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(dump_report(report))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise ReleaseError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def load_report(path: Path) -> Report:
-    """The report that save_report() wrote.
+    """The report whose text dump_report() made.
 
     Raises:
         PolicyError: no such file, or a schema number that this version does not read.

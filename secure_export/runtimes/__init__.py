@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from secure_export import registry
+from secure_export.errors import CompressError
 from secure_export.records.memory import Predictor, View
 from secure_export.registry import Plugin
 
@@ -36,6 +37,14 @@ class Runtime(Plugin):
         Raises:
             CompressError: the head cannot be found in this file.
         """
+
+    def twin(self, path: Path) -> Predictor:
+        """As `open`, in torch and with gradients to the inputs: the file's own weights and rounding.
+
+        Raises:
+            CompressError: there is none for such files, or for a part of this one.
+        """
+        raise CompressError(f"no differentiable twin of {path.name}: none for {self.kind} files")
 
     @abstractmethod
     def environment(self) -> Mapping[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -13,6 +14,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnxruntime.capi import onnxruntime_pybind11_state as ort
 from pydantic import Field
 
+from secure_export import twins
 from secure_export.errors import CompressError
 from secure_export.records.memory import Predictor, View
 from secure_export.runtimes import Runtime
@@ -20,7 +22,6 @@ from secure_export.runtimes._checks import check_head, read
 from secure_export.runtimes._cpu import cpu
 from secure_export.runtimes._head import affine, find_head, with_parts
 from secure_export.runtimes._isolated import IsolatedSession
-from secure_export.twins import Twin
 from secure_export.words import first_line, printable
 
 if TYPE_CHECKING:
@@ -134,16 +135,20 @@ class Onnxruntime(Runtime):
             0.05 if head.integer else 1e-3,
             path.name,
         )
-        return View(setting, latents, weight, bias, twin=self._twin(proto, path.name))
+        twin = None
+        if not self.mean:
+            with suppress(CompressError):
+                twin = self.twin(path)
+        return View(setting, latents, weight, bias, twin=twin)
 
-    def _twin(self, proto: onnx.ModelProto, file: str) -> Twin | None:
-        """The file with gradients; None where an operator has none or the runtime normalizes for it."""
-        if self.mean:
-            return None
-        try:
-            return Twin(proto, file).eval()
-        except CompressError:
-            return None
+    def twin(self, path: Path) -> Predictor:
+        """The file's graph with gradients, behind the normalization that this runtime does in its place.
+
+        Raises:
+            CompressError: no readable ONNX, or an operator that has no twin.
+        """
+        twin = twins.of_onnx(path)
+        return (lambda inputs: twin(self._raw(inputs))) if self.mean else twin
 
     def environment(self) -> Mapping[str, str]:
         """Version, provider and options, and the CPU flags that choose the int8 kernels."""

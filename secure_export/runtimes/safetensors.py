@@ -67,6 +67,14 @@ class Safetensors(Runtime):
         # No module: what locators train is the subject, once.
         return replace(views.of_module(subject.model, subject.head, setting), module=None, head=None)
 
+    def twin(self, path: Path) -> Predictor:
+        """The architecture with the file's weights.
+
+        Raises:
+            CompressError, LoadError: as `subject`.
+        """
+        return self.subject(path).model
+
     def environment(self) -> Mapping[str, str]:
         """Version, threads and batch size, the architecture with its head and normalization, and the CPU."""
         return {

@@ -68,6 +68,14 @@ class TorchEager(Runtime):
         check_head(latents(noise) @ weight.T + bias, logits, 0.05 if is_dynamic(whole) else 1e-3, path.name)
         return View(setting, latents, weight, bias, twin=whole)
 
+    def twin(self, path: Path) -> Predictor:
+        """The graph in the file.
+
+        Raises:
+            CompressError, LoadError: as `open`.
+        """
+        return program(path)
+
     def environment(self) -> Mapping[str, str]:
         """Version, threads and batch size, and the CPU."""
         return {

@@ -15,14 +15,16 @@ import numpy as np
 import onnx
 import torch
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx import TensorProto
 from torch import Tensor, nn
 
 from secure_export.errors import CompressError
+from secure_export.twins._fidelity import in_halves, types_made, unheeded
 from secure_export.twins._operators import OPERATORS, one_grid, rounded
 from secure_export.words import described, first_line, printable
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, TensorProto
+    from onnx import ModelProto, NodeProto
 
     from secure_export.twins._operators import Attributes, Operator, Values
 
@@ -39,7 +41,9 @@ RUN_ERRORS = (
 
 
 LINEAR = ("Conv", "Gemm", "MatMul")
-"""Operators whose constants are weights."""
+NORMALIZING = ("BatchNormalization", "LayerNormalization")
+UNLEARNED = ("Clip", "DequantizeLinear", "DynamicQuantizeLinear", "Pow", "QuantizeLinear")
+"""Operators whose constants are grids and bounds."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +79,12 @@ class Twin(nn.Module):
         if len(given) != 1:
             raise CompressError(f"no differentiable twin of {file}: {len(given)} inputs, expected one")
         self.input, self.output, self.file = given[0], graph.output[0].name, file
-        shape = next(value for value in graph.input if value.name == self.input).type.tensor_type.shape
-        self.batch = shape.dim[0].dim_value if shape.dim else 0
+        self.batch = batch_of(proto)
+        types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+        types |= {value.name: value.type.tensor_type.elem_type for value in graph.input}
         steps = []
         for node in graph.node:
-            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-            step = Step(
-                node.op_type, OPERATORS[node.op_type], tuple(node.input), tuple(node.output), attributes
-            )
+            step = _step(node, types, file)
             if all(name in self.constants for name in step.reads if name):
                 self._run(step, self.constants)
             else:
@@ -112,13 +114,26 @@ class Twin(nn.Module):
         return values
 
     def weights(self) -> dict[str, Tensor]:
-        """Float constants that convolutions and linear layers read, by the names that `forward` takes."""
-        names = [name for step in self.steps if step.kind in LINEAR for name in step.reads[1:]]
-        return {
-            n: self.constants[n]
-            for n in names
-            if n in self.constants and self.constants[n].is_floating_point()
-        }
+        """Float constants that are learned, by the names that `forward` takes: wherever a pattern can lie.
+
+        Those of convolutions, linear layers and normalizations, and all of several values that meet the data.
+        """
+        found = {}
+        for step in self.steps:
+            # A variance has to stay positive.
+            names = step.reads[:4] if step.kind == "BatchNormalization" else step.reads
+            for name in () if step.kind in UNLEARNED else names:
+                value = self.constants.get(name)
+                if value is None or not value.is_floating_point():
+                    continue
+                if value.numel() > 1 or step.kind in LINEAR:
+                    found[name] = value
+        return found
+
+    def biases(self) -> set[str]:
+        """Those of weights() that are added, one a channel, to what another weight makes."""
+        made = [step.reads[2:3] for step in self.steps if step.kind in (*LINEAR, *NORMALIZING)]
+        return {name for names in made for name in names}
 
     def tensor(self, name: str, known: Mapping[str, Tensor]) -> Tensor:
         """The tensor `name` of the graph; `known` ones stand in for what the graph would compute."""
@@ -143,6 +158,26 @@ class Twin(nn.Module):
         values.update(zip(step.makes, outputs, strict=False))
 
 
+def _step(node: NodeProto, types: dict[str, int], file: str) -> Step:
+    """A node as torch computes it; the types of what it makes join `types`.
+
+    Raises:
+        CompressError: runtimes would compute something else.
+    """
+    kind, operator = node.op_type, OPERATORS[node.op_type]
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    if name := unheeded(kind, attributes):
+        raise CompressError(f"no differentiable twin of {file}: {kind} with {printable(name)}")
+    try:
+        made = types_made(kind, attributes, [types[name] for name in node.input if name])
+    except (LookupError, ValueError) as error:
+        raise CompressError(f"no differentiable twin of {file}: {kind} {first_line(error)}") from error
+    types.update(zip(node.output, made, strict=False))
+    if made[0] == TensorProto.FLOAT16:
+        operator = in_halves(operator)
+    return Step(kind, operator, tuple(node.input), tuple(node.output), attributes)
+
+
 def _fused(steps: Sequence[Step], constants: Mapping[str, Tensor], output: str) -> list[Step]:
     """The steps with every activation that is quantized and dequantized on one grid rounded in one step."""
     makers = {name: step for step in steps for name in step.makes}
@@ -156,6 +191,13 @@ def _fused(steps: Sequence[Step], constants: Mapping[str, Tensor], output: str) 
         made.append(step)
     read = {name for step in made for name in step.reads} | {output}
     return [step for step in made if read & set(step.makes)]
+
+
+def batch_of(proto: ModelProto) -> int:
+    """The number of samples that a graph takes at a time; 0 = any."""
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    shape = next(v for v in proto.graph.input if v.name not in weights).type.tensor_type.shape
+    return shape.dim[0].dim_value if shape.dim else 0
 
 
 def _constant(tensor: TensorProto, file: str) -> Tensor:
@@ -172,14 +214,22 @@ def _constant(tensor: TensorProto, file: str) -> Tensor:
         raise CompressError(f"no differentiable twin of {file}: {reason}") from error
 
 
+def read(path: Path) -> ModelProto:
+    """The graph of an ONNX file.
+
+    Raises:
+        CompressError: no readable ONNX.
+    """
+    try:
+        return onnx.load_from_string(path.read_bytes())
+    except (OSError, DecodeError) as error:
+        raise CompressError(f"{path.name} is no valid ONNX file: {error}") from error
+
+
 def of_onnx(path: Path) -> Twin:
     """The twin of an ONNX file.
 
     Raises:
         CompressError: no readable ONNX, or a graph that has no twin.
     """
-    try:
-        proto = onnx.load_from_string(path.read_bytes())
-    except (OSError, DecodeError) as error:
-        raise CompressError(f"{path.name} is no valid ONNX file: {error}") from error
-    return Twin(proto, path.name).eval()
+    return Twin(read(path), path.name).eval()

@@ -131,11 +131,17 @@ def _slice(operands: Values, _: Attributes) -> Tensor:
     return made
 
 
+def _div(operands: Values, _: Attributes) -> Tensor:
+    over, under = operands
+    whole = not (over.is_floating_point() or under.is_floating_point())
+    return torch.div(over, under, rounding_mode="trunc" if whole else None)
+
+
 def _gather(operands: Values, attributes: Attributes) -> Tensor:
     data, index = operands[:2]
     axis = attributes.get("axis", 0) % data.ndim
     taken: Tensor = data.index_select(axis, index.reshape(-1).long() % data.shape[axis])
-    return taken.reshape(*data.shape[:axis], *index.shape, *data.shape[axis + 1 :])
+    return taken.reshape([*data.shape[:axis], *index.shape, *data.shape[axis + 1 :]])
 
 
 def _clip(operands: Values, attributes: Attributes) -> Tensor:
@@ -180,6 +186,8 @@ def _quantize(operands: Values, attributes: Attributes) -> Tensor:
         operands[2] if len(operands) > 2 and operands[2] is not None else torch.tensor(0, dtype=torch.uint8)
     )
     low, high = RANGES[zero.dtype]
+    if not bool((operands[1] > 0).all()):
+        raise ValueError("a scale that is not positive")
     scaled = data / _along(operands[1], data, axis)
     return (_straight(scaled, scaled.round()) + _along(zero, data, axis).float()).clamp(low, high)
 
@@ -208,6 +216,8 @@ def one_grid(grid: Sequence[Tensor | None]) -> bool:
 def rounded(operands: Values, _: Attributes) -> Tensor:
     """A value quantized and dequantized by one scale and zero point."""
     data, scale, zero = operands
+    if not float(scale) > 0:
+        raise ValueError("a scale that is not positive")
     low, high = RANGES[zero.dtype]
     made: Tensor = _Rounded.apply(data, float(scale), low - int(zero), high - int(zero))
     return made
@@ -278,7 +288,7 @@ OPERATORS: dict[str, Operator] = {
     "Conv": _conv,
     "ConvInteger": _conv_integer,
     "DequantizeLinear": _dequantize,
-    "Div": _simple(torch.div),
+    "Div": _div,
     "Dropout": lambda operands, _: operands[0],
     "DynamicQuantizeLinear": _dynamic_quantize,
     "Erf": _simple(torch.erf),

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from secure_export import twins
+from secure_export.errors import CompressError
 from secure_export.words import printable
 
 if TYPE_CHECKING:
@@ -77,16 +80,28 @@ class Node:
         return [int(axis) for axis in self.step.attributes.get("axes") or ()]
 
 
+def mixing_of(path: Path, form: str, shape: Sequence[int]) -> str:
+    """Where samples of one batch may meet in a file's graph; "" where they cannot, or where a batch is one.
+
+    Files of other formats than ONNX are traced from the user's own architecture and are not looked at.
+    """
+    if form != "onnx":
+        return ""
+    try:
+        alone = twins.batch_of(twins.read(path)) == 1
+        return "" if alone else mixing(twins.of_onnx(path), shape)
+    except CompressError as error:
+        return f"not known: {error.message}"
+
+
 def mixing(twin: Twin, shape: Sequence[int]) -> str:
     """Where samples of one batch may meet, in words; "" if they cannot, however many there are.
 
-    `shape` is that of one input. A graph that takes one sample at a time has nothing to mix.
+    `shape` is that of one input.
 
     Raises:
         CompressError: the graph cannot be computed.
     """
-    if twin.batch == 1:
-        return ""
     kinds: dict[str, Kind] = {twin.input: Rows()}
     with torch.no_grad():
         values = twin.values(torch.zeros(twin.batch or PROBED, *shape))

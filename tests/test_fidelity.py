@@ -1,0 +1,96 @@
+"""A twin that could compute otherwise than the file is none, and what runtimes round the twin rounds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from onnx import ModelProto, NodeProto, TensorProto, helper
+
+from secure_export import twins
+from secure_export.errors import CompressError
+from tests.gating import FLOAT, array, small
+
+Nodes = list[NodeProto]
+
+
+def node(kind: str, reads: str, makes: str, **attributes: Any) -> NodeProto:
+    return helper.make_node(kind, reads.split(), [makes], **attributes)
+
+
+def graph(*nodes: NodeProto, weights: Any = ()) -> ModelProto:
+    return small(list(nodes), ["n", 4], weights)
+
+
+GRID = [array("scale", 0.1, np.float32), array("zero", 0, np.uint8), array("whole", 3, np.uint8)]
+OTHERWISE: dict[str, ModelProto] = {
+    "a cast that overflows": graph(
+        node("Cast", "input", "number", to=TensorProto.INT32), node("Cast", "number", "logits", to=FLOAT)
+    ),
+    "a cast of a constant that overflows": graph(
+        node("Cast", "large", "number", to=TensorProto.INT32),
+        node("Cast", "number", "one", to=FLOAT),
+        node("Add", "input one", "logits"),
+        weights=[array("large", 3e9, np.float32)],
+    ),
+    "codes that are divided": graph(
+        node("QuantizeLinear", "input scale zero", "codes"),
+        node("Div", "codes whole", "fewer"),
+        node("DequantizeLinear", "fewer scale zero", "logits"),
+        weights=GRID,
+    ),
+    "axes that mean none": graph(
+        node("ReduceMean", "input", "logits", noop_with_empty_axes=1),
+    ),
+    "codes of another type": graph(
+        node("QuantizeLinear", "input scale", "codes", output_dtype=TensorProto.INT8),
+        node("Cast", "codes", "logits", to=FLOAT),
+        weights=GRID,
+    ),
+    "a scale of nothing": graph(
+        node("QuantizeLinear", "input nothing zero", "codes"),
+        node("DequantizeLinear", "codes scale zero", "logits"),
+        weights=[*GRID, array("nothing", 0, np.float32)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_what_a_runtime_may_compute_otherwise_has_no_twin(name: str) -> None:
+    with pytest.raises(CompressError, match="no differentiable twin of crafted"):
+        twins.Twin(OTHERWISE[name], "crafted")(torch.rand(2, 4))
+
+
+def test_half_precision_ends_where_the_file_s_does() -> None:
+    """65504 is its largest number: what is above is infinite in the file, and has to be in the twin."""
+    proto = graph(
+        node("Mul", "input many", "large"),
+        node("Cast", "large", "half", to=TensorProto.FLOAT16),
+        node("Cast", "half", "single", to=FLOAT),
+        node("Div", "many single", "logits"),
+        weights=[array("many", 70000, np.float32)],
+    )
+    inputs = torch.tensor([[0.1, 0.5, 0.99, 1.0]])
+    (expected,) = onnxruntime.InferenceSession(proto.SerializeToString()).run(None, {"input": inputs.numpy()})
+    probed = inputs.clone().requires_grad_(True)
+    logits = twins.Twin(proto, "crafted")(probed)
+    assert torch.equal(logits.detach(), torch.from_numpy(expected))
+    assert logits[0, 3] == 0
+    (slope,) = torch.autograd.grad(logits[0, 0], probed)
+    assert slope[0, 0] != 0
+
+
+def test_whole_numbers_are_divided_as_such() -> None:
+    proto = graph(
+        node("Shape", "input", "sizes"),
+        node("Div", "sizes three", "thirds"),
+        node("Cast", "thirds", "numbers", to=FLOAT),
+        node("Gather", "numbers last", "third"),
+        node("Mul", "input third", "logits"),
+        weights=[array("three", [3]), array("last", 1)],
+    )
+    inputs = torch.rand(2, 4)
+    assert torch.equal(twins.Twin(proto, "crafted")(inputs), inputs)
