@@ -196,7 +196,11 @@ def _keys(*sources: Samples | None) -> list[NDArray[np.bytes_]]:
 
 
 def _bytes(row: Tensor, mixed: bool) -> bytes:
-    return (row.float().div(255) if mixed and not row.is_floating_point() else row).numpy().tobytes()
+    if row.is_floating_point():
+        row = row + 0.0  # -0.0 is the same pixel as 0.0
+    elif mixed:
+        row = row.float().div(255)
+    return row.numpy().tobytes()
 
 
 def _agreed_names(samples: Samples, holdout_samples: Samples | None) -> tuple[str, ...]:

@@ -423,6 +423,17 @@ def test_copies_count_once_and_conflicting_copies_not_at_all() -> None:
     assert said == ["7 duplicate samples left out"]
 
 
+def test_copies_that_differ_in_the_sign_of_zero_are_copies() -> None:
+    inputs = random_samples([9, 9]).inputs
+    inputs[:, :, 0] = 0.0
+    signed = inputs.clone()
+    signed[:, :, 0] = -0.0
+    labels = torch.arange(18) % 2
+    twice = Samples(torch.cat([inputs, signed]), torch.cat([labels, labels]), None)
+    made = make_splits(twice, fit=6, calibration=6, holdout=None, seed=0)
+    assert len(made.holdout) == 6
+
+
 def test_a_class_that_fit_cannot_cover_is_named() -> None:
     rare = make_splits(random_samples([900, 90, 2]), fit=9, calibration=9, holdout=9, seed=0)
     assert rare.fit.labels.bincount().tolist() == [7, 1, 1]

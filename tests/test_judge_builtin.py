@@ -231,6 +231,33 @@ def test_a_stored_report_answers_for_what_was_done_alone(changes: dict[str, Any]
     assert [message.startswith(said) for message in found] == ([True] if said else [])
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: [1", "cannot be read: the policy in the report:1:"),
+        ("locate: [1]", "locate is a list, expected a section"),
+        ("data: 5", "data is a int, expected a section"),
+        ("locate: {rounds: x}", "locate.rounds is a str, expected a number"),
+        ("locate: {methods: 5}", "locate.methods is a int, expected a list"),
+    ],
+)
+def test_a_report_whose_own_policy_is_none_is_no_verdict(text: str, said: str) -> None:
+    report = make_report(policy_text=text, policy_sha256="0", policy_path="strict.yaml")
+    found = [f for f in judge(make_policy(), report).findings if f.rule == "missing" and f.passed is None]
+    assert len(found) == 1
+    assert "the report's own policy" in found[0].message
+    assert said in found[0].message
+
+
+@pytest.mark.parametrize("said", [{}, {"fit_acc": "x", "excess": "y"}, {"fit_acc": True, "excess": "9"}])
+def test_a_ruin_of_which_nothing_is_said_is_no_verdict(said: dict[str, Any]) -> None:
+    ruin = replace(RUIN, evidence={COLLAPSED: True, **said})
+    verdict = judge(make_policy(), make_report(suspects=(*make_report().suspects[:1], ruin)))
+    finding = only(verdict.findings, "no-locator", "fp32")
+    assert finding.passed is None
+    assert "collapsed" in finding.message
+
+
 def test_a_ruin_that_does_not_ship_may_stay_unjudged() -> None:
     report = make_report(suspects=(*make_report().suspects, replace(RUIN, setting="int8")))
     assert judge(make_policy(), report).outcome == "released"

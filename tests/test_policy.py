@@ -89,6 +89,24 @@ def test_sweeps_become_a_cartesian_product_of_settings() -> None:
     assert settings["prune@0.5"].format == {"kind": "onnx"}
 
 
+@pytest.mark.timeout(30)
+def test_sweeps_that_never_end_are_refused() -> None:
+    swept = ", ".join(f"p{i}: {{sweep: [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]}}" for i in range(9))
+    text = MINIMAL.replace("steps: []", f"steps: [{{kind: ort-static-int8, {swept}}}]")
+    assert text != MINIMAL
+    with pytest.raises(PolicyError, match="settings: sweeps make 1000000000 settings, expected at most 1000"):
+        parse_policy(text)
+
+
+@pytest.mark.parametrize(
+    "override", [{"seed": 2**63}, {"seed": 2**64}, {"subject.classes": 10**6 + 1}, {"data.fit": 2**53}]
+)
+def test_numbers_that_nothing_can_hold_are_refused(override: dict[str, Any]) -> None:
+    (key,) = override
+    with pytest.raises(PolicyError, match=rf"{key}: Input should be less than"):
+        parse_policy(MINIMAL, "p.yaml", override)
+
+
 def test_defaults_are_the_strict_ones() -> None:
     policy = parse_policy(MINIMAL)
     assert policy.locate.unconfirmed == "refuse"

@@ -62,6 +62,10 @@ def acc(data: dict[str, Any]) -> Any:
     return data["settings"][0]["purified"]["measurement"]["acc"]
 
 
+def lift(data: dict[str, Any]) -> Any:
+    return data["settings"][0]["purified"]["measurement"]["triggers"][0]["lift"][0]
+
+
 def broken(change: Any) -> str:
     data = stored()
     change(data)
@@ -86,6 +90,10 @@ def broken(change: Any) -> str:
             lambda d: acc(d).update(hits=5.5),
             "acc.hits: Input should be",
         ),
+        (lambda d: acc(d).update(total=2**53), "acc.total: Input should be less than"),
+        (lambda d: lift(d).update(gained=2**60), "lift.0.gained: Input should be less than"),
+        (lambda d: d["subject"].update(classes=10**12), "subject.classes: Input should be less than"),
+        (lambda d: d["subject"].update(parameters=10**400), "an integer of 401 digits"),
         (
             lambda d: d["settings"][0].update(released="yes"),
             "settings.0.released: Input should be a valid boolean",

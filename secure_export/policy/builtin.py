@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from secure_export.errors import PolicyError
 from secure_export.policy.evidence import EvidenceSpec
 from secure_export.policy.schema import DataSpec, Locate, Policy, Setting
 from secure_export.policy.yaml import parse
@@ -24,6 +25,7 @@ from secure_export.records.measured import (
     asked,
 )
 from secure_export.records.reported import Report, ReportedSetting
+from secure_export.words import first_line
 
 LEAST_CHANGED = 0.5
 """Share of samples that a known trigger has to change, for its rules to say anything."""
@@ -31,6 +33,13 @@ SAME = ("precise_int8", "data.fit", "data.calibration", "data.resize", "data.cha
 """What changes what is measured: a stored report answers for its own alone."""
 UNSAID = {"precise_int8": Policy.model_fields["precise_int8"].default, "data": DataSpec().model_dump()}
 """What a policy means that does not say it."""
+READ: tuple[tuple[str, type, str], ...] = (
+    ("data", dict, "section"),
+    ("locate", dict, "section"),
+    ("locate.rounds", int, "number"),
+    ("locate.methods", list, "list"),
+)
+"""What is read of a stored report's policy: sections before what stands in them."""
 
 
 def builtin_findings(policy: Policy, report: Report) -> Iterator[Finding]:
@@ -142,13 +151,16 @@ def _asked_otherwise(policy: Policy, report: Report) -> Iterator[Finding]:
     """Where a stored report was located or searched otherwise than this policy asks."""
     if not report.policy_text or policy.sha256 == report.policy_sha256:
         return
-    before, _ = parse(report.policy_text, report.policy_path)
+    before = _own_policy(report)
+    if isinstance(before, str):
+        yield _finding("missing", "all", None, f"the report's own policy {before}")
+        return
     for key in SAME:
         unsaid = _at(UNSAID, key, {}, None)
         had, wanted = _at(before, key, report.overrides, unsaid), _at(policy.model_dump(), key, {}, unsaid)
         if _plain(had) != _plain(wanted):
             yield _finding("missing", "all", None, f"measured with {key} {had}, the policy asks for {wanted}")
-    rounds = (before.get("locate") or {}).get("rounds", Locate.model_fields["rounds"].default)
+    rounds = (before.get("locate") or {}).get("rounds") or Locate.model_fields["rounds"].default
     if rounds < policy.locate.rounds:
         message = f"located in {rounds} rounds at most, the policy asks for {policy.locate.rounds}"
         yield _finding("missing", "all", None, message)
@@ -170,6 +182,20 @@ def _asked_otherwise(policy: Policy, report: Report) -> Iterator[Finding]:
         if _plain(asked_for.effort[key]) != _plain(wanted):
             message = f"searched with {key} {asked_for.effort[key]}, the policy asks for {wanted}"
             yield _finding("missing", "all", None, message)
+
+
+def _own_policy(report: Report) -> Mapping[str, Any] | str:
+    """The policy that a report carries, or why nothing can be read in it."""
+    try:
+        found, _ = parse(report.policy_text, "the policy in the report")
+    except PolicyError as error:
+        return f"cannot be read: {first_line(error)}"
+    for key, kind, expected in READ:
+        section, _, name = key.rpartition(".")
+        value = ((found.get(section) or {}) if section else found).get(name)
+        if value is not None and not isinstance(value, kind):
+            return f"cannot be read: {key} is a {type(value).__name__}, expected a {expected}"
+    return found
 
 
 def _at(policy: Mapping[str, Any], key: str, overrides: Mapping[str, Any], default: Any) -> Any:
@@ -205,12 +231,16 @@ def _locators(policy: Policy, report: Report) -> Iterator[Finding]:
                 message = f"{kind} could not read this setting: {suspect.evidence[UNREAD]}"
                 yield _finding("no-locator", suspect.setting, None, message)
             elif suspect.evidence.get(COLLAPSED) and suspect.setting not in spared:
-                acc, excess = suspect.evidence[FIT_ACC], suspect.evidence[EXCESS]
+                acc, excess = (_share(suspect.evidence.get(key)) for key in (FIT_ACC, EXCESS))
                 message = (
-                    f"{kind} names no class of a collapsed model, and takes this for one: {acc:.0%} of fit "
-                    f"right, one class predicted for {excess:.0%} too many (min_acc, max_excess)"
+                    f"{kind} names no class of a collapsed model, and takes this for one: {acc} of fit "
+                    f"right, one class predicted for {excess} too many (min_acc, max_excess)"
                 )
                 yield _finding("no-locator", suspect.setting, None, message)
+
+
+def _share(value: float | int | str | bool | None) -> str:
+    return f"{value:.0%}" if isinstance(value, float | int) else "an unknown share"
 
 
 def _suspects(policy: Policy, report: Report) -> Iterator[Finding]:

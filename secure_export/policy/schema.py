@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, field_validator, model_validator
 
 from secure_export.policy._base import PluginSpec, Section
 from secure_export.policy._base import spec as with_kind
 from secure_export.policy.evidence import EvidenceSpec
 from secure_export.policy.limits import Rule
 from secure_export.policy.yaml import Loc, Source
+from secure_export.records.measured import Samples
+from secure_export.records.reported import MOST_CLASSES
 
 Name = Annotated[
     str,
@@ -24,6 +27,8 @@ Name = Annotated[
 
 ARTIFACT = "artifact"
 """The one setting of a job on a file that another tool made; also how a report names its architecture."""
+MOST_SETTINGS = 1000
+"""With every sweep resolved."""
 PATHS = ("subject.model", "subject.artifact", "data.path", "data.holdout_path")
 """Keys that name a place on a machine, which no report speaks of."""
 
@@ -71,7 +76,7 @@ class SubjectSpec(Section):
         None, description="timm:NAME, torchvision:NAME or package.module:factory"
     )
     classes: int | None = Field(
-        None, ge=2, description="number of classes; null = as the checkpoint's head has"
+        None, ge=2, le=MOST_CLASSES, description="number of classes; null = as the checkpoint's head has"
     )
     head: str | None = Field(None, description="qualified name of the head; null = found by tracing")
     mean: tuple[float, ...] | None = Field(None, min_length=1, description="per channel, of inputs in [0, 1]")
@@ -95,9 +100,9 @@ class DataSpec(Section):
         None, description="[height, width]; null = all images have one size"
     )
     channels: Literal[1, 3] | None = Field(3, description="3 = RGB, 1 = grey, null = as the file is")
-    fit: int = Field(500, ge=1, description="samples for locators and purifiers")
-    calibration: int = Field(500, ge=1, description="samples for compression")
-    holdout: int | None = Field(None, ge=1, description="samples for measuring; null = all that is left")
+    fit: Samples = Field(500, ge=1, description="samples for locators and purifiers")
+    calibration: Samples = Field(500, ge=1, description="samples for compression")
+    holdout: Samples | None = Field(None, ge=1, description="samples for measuring; null = all that is left")
 
 
 class Locate(Section):
@@ -148,7 +153,7 @@ class Policy(Section):
     """The whole file; load_policy() and parse_policy() make one that can be used."""
 
     version: Annotated[int, AfterValidator(_version)] = Field(description="of this schema: 1")
-    seed: int = Field(0, ge=0, description="of every random choice")
+    seed: int = Field(0, ge=0, lt=2**63, description="of every random choice")
     confidence: float = Field(0.95, gt=0.5, lt=1, description="one-sided, of every exact bound")
     subject: SubjectSpec = Field(SubjectSpec(), description="what is handed in")
     data: DataSpec = Field(DataSpec(), description="clean labelled samples")
@@ -169,6 +174,14 @@ class Policy(Section):
     evidence: EvidenceSpec | None = Field(
         None, description="search for a trigger that nobody named; null = only known triggers are tried"
     )
+
+    @field_validator("settings")
+    @classmethod
+    def _so_many(cls, settings: tuple[SettingSpec, ...]) -> tuple[SettingSpec, ...]:
+        made = sum(math.prod(len(choices) for _, _, choices in _swept(spec)) for spec in settings)
+        if made > MOST_SETTINGS:
+            raise ValueError(f"sweeps make {made} settings, expected at most {MOST_SETTINGS}")
+        return settings
 
     _source: Source = PrivateAttr(default=Source("policy", ""))
     _sha256: str = PrivateAttr(default="")
@@ -220,12 +233,7 @@ class Policy(Section):
             yield Setting(ARTIFACT, (), {"kind": "onnx"}, True), {(): ("subject", ARTIFACT)}
             return
         for index, spec in enumerate(self.settings):
-            swept = [
-                (j, key, value["sweep"])
-                for j, step in enumerate(spec.steps)
-                for key, value in step.items()
-                if isinstance(value, dict) and "sweep" in value
-            ]
+            swept = _swept(spec)
             for picks in itertools.product(*(range(len(choices)) for _, _, choices in swept)):
                 steps = [dict(step) for step in spec.steps]
                 places: dict[Loc, Loc] = {}
@@ -242,6 +250,16 @@ class Policy(Section):
                     Setting(name, tuple(steps), dict(spec.format), released),
                     {(): ("settings", index), **places},
                 )
+
+
+def _swept(spec: SettingSpec) -> list[tuple[int, str, list[Any]]]:
+    """Step, parameter and choices of every sweep."""
+    return [
+        (j, key, value["sweep"])
+        for j, step in enumerate(spec.steps)
+        for key, value in step.items()
+        if isinstance(value, dict) and "sweep" in value
+    ]
 
 
 def _shown(value: Any) -> str:

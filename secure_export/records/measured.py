@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 Lane = Literal["original", "purified"]
+Samples = Annotated[int, Field(lt=2**53)]
+"""How many samples: what a float still holds exactly."""
 
 
 @dataclass(frozen=True)
 class Count:
     """`hits` of `total` samples."""
 
-    hits: int
-    total: int
+    hits: Samples
+    total: Samples
 
     @property
     def rate(self) -> float:
@@ -27,9 +31,9 @@ class Count:
 class Paired:
     """Two readings of the same `total` samples: `gained` became true, `lost` became false."""
 
-    gained: int
-    lost: int
-    total: int
+    gained: Samples
+    lost: Samples
+    total: Samples
 
     @property
     def difference(self) -> float:

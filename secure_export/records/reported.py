@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from secure_export.records.measured import Cost, Disagreement, SettingResult, Suspect, Verdict
 from secure_export.records.searches import Rounding, Search
+
+MOST_CLASSES = 1_000_000
+"""Rules look at every class."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,7 @@ class SubjectInfo:
     path: str
     sha256: str
     architecture: str
-    classes: int
+    classes: Annotated[int, Field(le=MOST_CLASSES)]
     class_names: tuple[str, ...]
     head: str
     input_shape: tuple[int, ...]

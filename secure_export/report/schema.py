@@ -13,6 +13,8 @@ from secure_export.records.reported import Report
 
 SCHEMA = 1
 """The only `schema` number that this version writes and reads."""
+LONGEST_INTEGER = 20
+"""Digits, of 64 bits and a sign."""
 FORMATS = {"json": "report.json", "markdown": "report.md", "html": "report.html"}
 """What a report's files are called, in a run directory and in a release; the first is this one."""
 
@@ -54,7 +56,7 @@ def load_report(path: Path) -> Report:
 def parse_report(text: str, name: str = "report.json") -> Report:
     """As load_report(), from the text of a report."""
     try:
-        data = json.loads(text, object_pairs_hook=_unique)
+        data = json.loads(text, object_pairs_hook=_unique, parse_int=_integer)
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{name}: no report: {error}") from error
     schema = data.get("schema") if isinstance(data, dict) else None
@@ -79,6 +81,12 @@ def json_schema() -> dict[str, Any]:
         "$ref": "#/$defs/Report",
         "$defs": definitions,
     }
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > LONGEST_INTEGER:
+        raise ValueError(f"an integer of {len(digits)} digits, expected {LONGEST_INTEGER} at most")
+    return int(digits)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
