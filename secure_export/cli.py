@@ -34,6 +34,14 @@ Exit codes:
   4    no verdict: something could not be loaded, measured or written, or too few samples
   130  interrupted; the same command resumes
 """
+VERIFIED = """\b
+Exit codes:
+  0    it holds: files, report and verdict agree
+  1    unexpected (a bug)
+  2    usage, or a policy that cannot be used
+  3    they agree, and a rule does not hold
+  4    they do not agree, or something could not be read or decided
+"""
 
 
 class Commands(click.Group):
@@ -84,7 +92,7 @@ def run(policy: str, out: Path | None, as_json: bool, quiet: bool, **given: Any)
 
         report = pipeline.run(loaded, folder, progress=progress)
     if as_json:
-        _print_verdict(report.verdict)
+        _print_json(report.verdict)
     else:
         click.echo(table(report))
     for line in conclusion(report, str(folder)):
@@ -97,19 +105,54 @@ def run(policy: str, out: Path | None, as_json: bool, quiet: bool, **given: Any)
 @policy_option()
 @json_option
 def judge(run_dir: Path, policy: str, as_json: bool) -> None:
-    """Judge the measurements of RUN_DIR again under another policy, without torch. Releases nothing."""
+    """Judge the measurements of RUN_DIR again under another policy, without torch. Releases nothing.
+
+    Reads report.json alone, not the files that it is about: `verify` does, in a folder release/.
+    """
     from secure_export.console import finding_line
     from secure_export.policy import judge as judged
+    from secure_export.release import SUMS
     from secure_export.report.schema import load_report
 
     verdict = judged(_policy(policy, {}), load_report(_report_of(run_dir)))
     if as_json:
-        _print_verdict(verdict)
+        _print_json(verdict)
     else:
         for finding in verdict.findings:
-            click.echo(finding_line(finding))
+            click.echo(escaped(finding_line(finding)))
         click.echo({"released": "would be released"}.get(verdict.outcome, verdict.outcome.replace("_", " ")))
+    if (run_dir / SUMS).exists():
+        click.echo(
+            f"only report.json was read; the files beside it: secure-export verify {run_dir}", err=True
+        )
     click.get_current_context().exit(EXIT_CODES[verdict.outcome])
+
+
+@main.command(epilog=VERIFIED)
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@policy_option(required=False, purpose="Judge by this one too. ")
+@click.option("--sha256", help="Of SHA256SUMS or report.json, as the sender told you by another way.")
+@json_option
+def verify(folder: Path, policy: str | None, sha256: str | None, as_json: bool) -> None:
+    """Check a FOLDER release/ that you were given, without torch: files, report and verdict.
+
+    It holds the files that SHA256SUMS names, with these digests, and no other; its models are those that the
+    report measured and releases, one to one; and the report's verdict follows again from what it counts, by
+    the policy that it carries and by yours.
+
+    Nothing of it is signed: what is shown is that the folder agrees with itself, not who made it. For that,
+    get one digest by another way (--sha256).
+    """
+    from secure_export.console import verified_lines
+    from secure_export.verify import verify as verified
+
+    found = verified(folder, _policy(policy, {}) if policy else None, _digest(sha256))
+    if as_json:
+        _print_json(found, without="report")
+    else:
+        for line in verified_lines(found):
+            click.echo(escaped(line))
+    click.get_current_context().exit(EXIT_CODES[found.verdict.outcome])
 
 
 @main.command()
@@ -271,7 +314,13 @@ def _in_yaml(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).removesuffix("\n...\n").strip()
 
 
-def _print_verdict(verdict: Any) -> None:
+def _digest(text: str | None) -> str | None:
+    if text is not None and not re.fullmatch("[0-9a-fA-F]{64}", text):
+        raise PolicyError(f"--sha256: got {text!r}, expected 64 hexadecimal digits")
+    return text and text.lower()
+
+
+def _print_json(record: Any, without: str = "") -> None:
     from dataclasses import asdict
 
-    click.echo(json.dumps(asdict(verdict), indent=2))
+    click.echo(json.dumps({key: value for key, value in asdict(record).items() if key != without}, indent=2))

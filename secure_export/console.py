@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from secure_export.report._tables import Cell
+    from secure_export.verify import Verified
 
 QUIET_SECONDS = 2.0
 """A stage shorter than this needs no line in a log."""
@@ -136,3 +137,38 @@ def finding_line(finding: Finding) -> str:
         extra.append(f"{finding.needed} samples could decide")
     tail = f" ({'; '.join(extra)})" if extra else ""
     return f"{mark}: {finding.rule} {finding.setting}: {finding.message.splitlines()[0]}{tail}"
+
+
+def verified_lines(found: Verified) -> list[str]:
+    """A line a file, what does not hold, by which policies, and what all of it shows and does not."""
+    from secure_export.report import _story
+
+    own, *others = (f"{name}, sha256 {digest}" for name, digest in found.policies)
+    instead = f"; instead of its text {_story.overridden(found.report)}" if found.report.overrides else ""
+    verdict = {"released": "holds", "refused": "refused", "no_verdict": "no verdict"}[found.verdict.outcome]
+    return [
+        *(f"ok: {file.name}: {_matched(file.name, found)}; sha256 {file.sha256}" for file in found.files),
+        *(finding_line(finding) for finding in found.verdict.findings if not finding.passed),
+        f"judged again by the report's own policy: {own}{instead}",
+        *(f"judged again by yours: {other}" for other in others),
+        f"{verdict}: files and report agree; {_known(found.anchor)}",
+    ]
+
+
+def _matched(name: str, found: Verified) -> str:
+    if name in found.models:
+        return f"the bytes that were measured as {found.models[name]}"
+    if name == found.files[-1].name:
+        return "names these files and no other"
+    if name == "report.json":
+        return "names these models, and has the counts that were judged again"
+    return "as SHA256SUMS says, not held against report.json"
+
+
+def _known(anchor: str) -> str:
+    if not anchor:
+        return (
+            "nothing is signed, so this says not who made them (--sha256 takes a digest that you were told)"
+        )
+    rest = "; report.md, report.html and SHA256SUMS are not under it" if anchor == "report.json" else ""
+    return f"nothing is signed, but {anchor} has the digest that you were told{rest}"

@@ -22,10 +22,10 @@ def env(name: str, *spellings: str, **options: Any) -> Decorator:
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 
 
-def policy_option() -> Decorator:
+def policy_option(*, required: bool = True, purpose: str = "") -> Decorator:
     """--policy, shared by the commands that read one."""
-    text = f"Policy file, or the name of a shipped one: {SHIPPED_ONES}."
-    return env("policy", "--policy", "-p", required=True, help=text)
+    text = f"{purpose}Policy file, or the name of a shipped one: {SHIPPED_ONES}."
+    return env("policy", "--policy", "-p", required=required, help=text)
 
 
 def subject_options(command: Callable[..., Any]) -> Callable[..., Any]:

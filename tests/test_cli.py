@@ -22,7 +22,7 @@ from secure_export.report.schema import load_report
 from tests.report_sample import sample_report
 
 POLICIES = Path(__file__).parents[1] / "policies"
-COMMANDS = ("run", "judge", "validate", "list", "init", "demo", "report")
+COMMANDS = ("run", "judge", "verify", "validate", "list", "init", "demo", "report")
 
 
 def invoke(*arguments: str, **env: str) -> tuple[int, str]:
