@@ -30,6 +30,8 @@ much that is natural would tell it from the model: on a narrow network that kept
 false alarms (docs/evidence-measured.md)."""
 
 
+LONGEST = 600
+"""Batches after which a reference that still knows too little is left so."""
 JUDGES = 2
 """Forgetting is uneven: of stripes one reference kept .07 and the next .65 (docs/evidence-measured.md)."""
 
@@ -110,6 +112,35 @@ def forgotten(
     return {name: value.detach() for name, value in moved.items()}
 
 
+def relearned(
+    make: Callable[[int], Weights],
+    twin: Callable[[Tensor], Tensor],
+    fit: Split,
+    *,
+    steps: int,
+    longest: int = LONGEST,
+    least: float = LEAST_RELEARNED,
+) -> Weights:
+    """What `make` gives after `steps`, anew after twice as many and so on: the first that knows the task again.
+
+    Where none does up to `longest` it is the last, and references() says what is wrong with it.
+    """
+    _, call = weighted(twin)
+    inputs = fit.floats()
+    enough = least * _right(twin, inputs, fit.labels)
+    made = make(steps)
+    while _right(partial(_reweighted, call, made), inputs, fit.labels) < enough and 2 * steps <= longest:
+        steps *= 2
+        made = make(steps)
+    return made
+
+
+@torch.no_grad()
+def _right(logits: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor) -> float:
+    """Share of samples that a model has right."""
+    return float((logits(inputs).argmax(1) == labels).double().mean())
+
+
 @torch.no_grad()
 def references(
     twin: Callable[[Tensor], Tensor],
@@ -125,9 +156,7 @@ def references(
     _, call = weighted(twin)
     made: list[Callable[[Tensor], Tensor]] = [partial(_reweighted, call, one) for one in forgetful]
     inputs = fit.floats()
-    before, *after = (
-        float((logits(inputs).argmax(1) == fit.labels).double().mean()) for logits in (twin, *made)
-    )
+    before, *after = (_right(logits, inputs, fit.labels) for logits in (twin, *made))
     if min(after) < least * before:
         raise CompressError(
             f"a reference has {min(after):.0%} of fit right, the model {before:.0%}: too little to compare",

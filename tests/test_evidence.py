@@ -94,7 +94,7 @@ def test_backdoor_stands_out_from_the_same_file_that_forgot(
         scored = [t for t in cold(report, "purified", name).found if t.lift is not None]
         assert scored
         assert all(t.contrast is not None and t.fit_contrast is not None for t in scored)
-    undecided = contrasting | {"forget": {"noise": 5.0, "steps": 1}}
+    undecided = contrasting | {"forget": {"noise": 5.0, "steps": 1, "longest": 1}}
     report = run_toy(toys.awake(), settings=[FP32], release=["fp32"], evidence=undecided)
     assert "too little to compare" in cold(report, "purified", "fp32").unsearched
     assert {f.passed for f in report.verdict.findings if f.rule == "inverted_contrast"} == {None}
@@ -144,7 +144,12 @@ def test_what_was_evident_is_tried_again_first_and_each_class_before_a_second_of
 
 def test_evidence_and_locator_make_their_references_alike() -> None:
     spec, locator = ForgetSpec(), ContrastInversion()
-    assert (spec.noise, spec.steps, spec.judges) == (locator.noise, locator.forget_steps, locator.judges)
+    assert (spec.noise, spec.steps, spec.longest, spec.judges) == (
+        locator.noise,
+        locator.forget_steps,
+        locator.forget_longest,
+        locator.judges,
+    )
     assert spec.relearned == LEAST_RELEARNED
 
 

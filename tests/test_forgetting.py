@@ -15,7 +15,7 @@ from torch import Tensor
 
 from secure_export import twins
 from secure_export.errors import CompressError
-from secure_export.forgetting import forgotten, weighted
+from secure_export.forgetting import Weights, forgotten, relearned, weighted
 from secure_export.records.memory import Split
 from tests import compression, digits
 from tests.gating import array, small
@@ -98,3 +98,19 @@ def test_a_pattern_that_no_convolution_holds_is_forgotten_too() -> None:
     assert set(moved) == {"pattern", "weight", "bias", "shift"}
     still = {name for name, value in moved.items() if torch.equal(value, twin.constants[name])}
     assert still == {"bias"}
+
+
+def test_a_reference_that_knows_too_little_learns_anew_and_longer() -> None:
+    model, fit, asked = digits.trained(False), digits.fit_split(), []
+    whole = {name: value.detach() for name, value in model.named_parameters()}
+
+    def make(steps: int) -> Weights:
+        asked.append(steps)
+        return {name: value * (steps >= 40) for name, value in whole.items()}
+
+    made = relearned(make, model, fit, steps=10, longest=100)
+    assert all(torch.equal(made[name], value) for name, value in whole.items())
+    assert asked == [10, 20, 40]
+    asked.clear()
+    relearned(make, model, fit, steps=10, longest=39)
+    assert asked == [10, 20]

@@ -114,7 +114,9 @@ def test_the_reference_that_obeys_least_tells_the_contrast(knowing: tuple[bool, 
 def test_contrast_inversion_compares_with_no_ruin() -> None:
     view = views.of_module(model(True), digits.HEAD, "original")
     locator = registry.build(
-        Locator, "locators", {"kind": "contrast-inversion", "noise": 9, "forget_steps": 1}
+        Locator,
+        "locators",
+        {"kind": "contrast-inversion", "noise": 9, "forget_steps": 1, "forget_longest": 1},
     )
     with pytest.raises(CompressError, match="too little to compare"):
         locator.locate(view, digits.fit_split(), seed=0)

@@ -11,7 +11,15 @@ import torch
 from pydantic import Field
 
 from secure_export.counting import contrasted
-from secure_export.forgetting import JUDGES, References, forgotten, references
+from secure_export.forgetting import (
+    JUDGES,
+    LONGEST,
+    References,
+    Weights,
+    forgotten,
+    references,
+    relearned,
+)
 from secure_export.locators._inversion import Inverts
 from secure_export.probes.l2 import L2
 from secure_export.probes.patch import Patch
@@ -48,6 +56,9 @@ class ContrastInversion(Inverts):
         0.85, gt=0, description="how far a reference's filters are turned before it learns again"
     )
     forget_steps: int = Field(150, ge=1, description="batches in which a reference learns again")
+    forget_longest: int = Field(
+        LONGEST, ge=1, description="one that knows too little learns anew for twice as many, up to so many"
+    )
     judges: int = Field(JUDGES, ge=1, description="references beside the one that a search avoids")
     steps: int = Field(
         60, ge=3, description="steps of each search; after a third two fifths of the starts go on"
@@ -74,8 +85,16 @@ class ContrastInversion(Inverts):
         Raises:
             CompressError: a reference did not learn the task again, so everything would be a contrast.
         """
-        forget = partial(forgotten, twin, fit, noise=self.noise, steps=self.forget_steps, progress=progress)
-        others = references(twin, [forget(seed=seed + number) for number in range(1 + self.judges)], fit)
+
+        def forget(number: int, steps: int) -> Weights:
+            effort: dict[str, Any] = {"noise": self.noise, "steps": steps, "seed": seed + number}
+            return forgotten(twin, fit, **effort, progress=progress)
+
+        effort = {"steps": self.forget_steps, "longest": self.forget_longest}
+        numbers = range(1 + self.judges)
+        others = references(
+            twin, [relearned(partial(forget, number), twin, fit, **effort) for number in numbers], fit
+        )
         order = torch.randperm(len(fit), generator=torch.Generator().manual_seed(seed))
         judging = max(1, int(JUDGING * len(fit)))
         parts = order[judging:], order[:judging]

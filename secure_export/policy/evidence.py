@@ -23,6 +23,9 @@ class ForgetSpec(Section):
         0.85, gt=0, description="how far filters are turned, in standard deviations of their weights"
     )
     steps: int = Field(150, ge=1, description="batches in which a reference learns the task again")
+    longest: int = Field(
+        600, ge=1, description="one that knows too little then learns anew for twice as many, up to so many"
+    )
     judges: int = Field(
         2, ge=1, description="references beside the one that a search avoids; the least obedient one judges"
     )
