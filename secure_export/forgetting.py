@@ -121,7 +121,7 @@ def relearned(
     longest: int = LONGEST,
     least: float = LEAST_RELEARNED,
 ) -> Weights:
-    """What `make` gives after `steps`, anew after twice as many and so on: the first that knows the task again.
+    """What `make` gives after `steps`, anew after twice as many and so on: the first that knows enough again.
 
     Where none does up to `longest` it is the last, and references() says what is wrong with it.
     """

@@ -95,7 +95,7 @@ def test_a_pattern_that_no_convolution_holds_is_forgotten_too() -> None:
     twin = twins.Twin(proto, "crafted")
     fit = Split(torch.rand(32, 1, 4, 4), torch.zeros(32, dtype=torch.int64), "")
     moved = forgotten(twin, fit, noise=0.85, steps=1, lr=0.0, seed=0)
-    assert set(moved) == {"pattern", "weight", "bias", "shift"}
+    assert set(moved) == {"pattern", "weight", "bias"}
     still = {name for name, value in moved.items() if torch.equal(value, twin.constants[name])}
     assert still == {"bias"}
 

@@ -42,6 +42,8 @@ RUN_ERRORS = (
 
 LINEAR = ("Conv", "Gemm", "MatMul")
 NORMALIZING = ("BatchNormalization", "LayerNormalization")
+FEWEST = 4
+"""Values that hold no pattern yet: the smallest patch that is searched has as many positions."""
 UNLEARNED = ("Clip", "DequantizeLinear", "DynamicQuantizeLinear", "Pow", "QuantizeLinear")
 """Operators whose constants are grids and bounds."""
 
@@ -116,7 +118,8 @@ class Twin(nn.Module):
     def weights(self) -> dict[str, Tensor]:
         """Float constants that are learned, by the names that `forward` takes: wherever a pattern can lie.
 
-        Those of convolutions, linear layers and normalizations, and all of several values that meet the data.
+        Those of convolutions, linear layers and normalizations, and all of more than FEWEST values that meet
+        the data; what normalizes three channels stays.
         """
         found = {}
         for step in self.steps:
@@ -126,7 +129,7 @@ class Twin(nn.Module):
                 value = self.constants.get(name)
                 if value is None or not value.is_floating_point():
                     continue
-                if value.numel() > 1 or step.kind in LINEAR:
+                if value.numel() > FEWEST or step.kind in (*LINEAR, *NORMALIZING):
                     found[name] = value
         return found
 
