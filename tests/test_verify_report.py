@@ -16,8 +16,8 @@ from secure_export.options import overrides
 from secure_export.policy import judge, parse_policy
 from secure_export.records.measured import Paired, Verdict
 from secure_export.records.reported import Report
-from secure_export.verify import OVERRIDABLE
-from tests.judging import HOLDOUT, NoAliases, make_measurement
+from secure_export.verify import OVERRIDABLE, carried
+from tests.judging import HOLDOUT, NoAliases, make_measurement, make_report
 from tests.receiving import POLICY, Received, does_not_hold
 
 
@@ -217,10 +217,28 @@ def test_a_report_that_is_none(text: bytes, words: str, received: Received) -> N
     does_not_hold(received, words)
 
 
-@pytest.mark.parametrize("text", ["", "version: 2\n", "a: [\n", "x" * 1_000_001])
+@pytest.mark.parametrize(
+    "text",
+    ["", "version: 2\n", "a: [\n", POLICY.text + "#" * 1_000_000],
+    ids=["none", "other", "cut", "long"],
+)
 def test_a_policy_that_cannot_be_used_is_not_the_receivers_fault(text: str, received: Received) -> None:
     received.edit(lambda report: replace(report, policy_text=text, policy_sha256=sha256(text)))
     does_not_hold(received, "report.json")
+
+
+def test_the_policy_for_a_file_of_another_tool_names_paths_that_no_report_has() -> None:
+    """Without them no setting is called `artifact`, and agreement has nothing to compare with."""
+    limits: dict[str, Any] = {
+        "acc": {"at_least": 0.5},
+        "agreement": {"at_least": 0.5},
+        "lift": {"at_most": 0.5},
+    }
+    rules = [{"metric": metric, "settings": ["artifact"], **limit} for metric, limit in limits.items()]
+    text = yaml.dump({**yaml.safe_load(POLICY.text), "rules": rules}, Dumper=NoAliases, sort_keys=False)
+    report = make_report(policy_text=text, policy_sha256=sha256(text))
+    report = replace(report, subject=replace(report.subject, architecture="artifact"))
+    assert [setting.name for setting in carried(report).expanded_settings()] == ["artifact"]
 
 
 def sha256(text: str) -> str:

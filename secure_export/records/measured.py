@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from annotated_types import Lt
 
 Lane = Literal["original", "purified"]
-Samples = Annotated[int, Field(lt=2**53)]
+Samples = Annotated[int, Lt(2**53)]
 """How many samples: what a float still holds exactly."""
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import Field
+from annotated_types import Le
 
 from secure_export.records.measured import Cost, Disagreement, SettingResult, Suspect, Verdict
 from secure_export.records.searches import Rounding, Search
@@ -22,7 +22,7 @@ class SubjectInfo:
     path: str
     sha256: str
     architecture: str
-    classes: Annotated[int, Field(le=MOST_CLASSES)]
+    classes: Annotated[int, Le(MOST_CLASSES)]
     class_names: tuple[str, ...]
     head: str
     input_shape: tuple[int, ...]
