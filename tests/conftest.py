@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,18 @@ torch.set_num_threads(2)
 FP32 = {"name": "fp32", "steps": []}
 INT8 = {"name": "int8", "steps": [{"kind": "ort-static-int8"}]}
 PRUNED = {"name": "pruned", "steps": [{"kind": "prune-channel-mask", "ratio": 0.2, "recalibrate": False}]}
+
+
+def loaded_by(arguments: list[str], modules: Sequence[str]) -> tuple[int, list[str]]:
+    """Exit code of a command in a process of its own, and which of `modules` it imported."""
+    script = (
+        "import json, sys\nfrom secure_export.cli import main\ncode = 0\n"
+        f"try: main({arguments!r})\nexcept SystemExit as stop: code = stop.code or 0\n"
+        f"print(json.dumps([code, [name for name in {modules!r} if name in sys.modules]]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    code, loaded = json.loads(done.stdout.splitlines()[-1])
+    return code, loaded
 
 
 def toy_policy(**changes: Any) -> dict[str, Any]:

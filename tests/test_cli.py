@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from secure_export.records.measured import Verdict
 from secure_export.records.reported import Report
 from secure_export.registry import FAMILIES, names
 from secure_export.report.schema import load_report
+from tests.conftest import loaded_by
 from tests.report_sample import sample_report
 
 POLICIES = Path(__file__).parents[1] / "policies"
@@ -48,28 +47,17 @@ def test_every_command_says_what_it_does(command: str) -> None:
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["list", "--help"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     heavy = ("torch", "onnx", "onnxruntime", "matplotlib", "scipy", "pydantic", "sklearn")
-    script = (
-        "import sys\nfrom secure_export.cli import main\n"
-        f"try: main({arguments!r})\nexcept SystemExit: pass\n"
-        f"print('LOADED', [name for name in {heavy!r} if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "LOADED []" in done.stdout
+    assert loaded_by(arguments, heavy)[1] == []
 
 
 def test_judge_needs_no_torch(tmp_path: Path) -> None:
     from secure_export.report.schema import dump_report
 
     (tmp_path / "report.json").write_text(dump_report(sample_report()), encoding="utf-8")
-    script = (
-        "import sys\nfrom secure_export.cli import main\n"
-        f"try: main(['judge', {str(tmp_path)!r}, '-p', {str(POLICIES / 'smoke.yaml')!r}])\n"
-        "except SystemExit as stop: print('EXIT', stop.code)\n"
-        "print('LOADED', [n for n in ('torch', 'onnx', 'onnxruntime') if n in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "LOADED []" in done.stdout
-    assert "EXIT 4" in done.stdout or "EXIT 3" in done.stdout
+    judged = ["judge", str(tmp_path), "-p", str(POLICIES / "smoke.yaml")]
+    code, loaded = loaded_by(judged, ("torch", "onnx", "onnxruntime"))
+    assert loaded == []
+    assert code in (3, 4)
 
 
 @pytest.mark.parametrize(("outcome", "code"), [("released", 0), ("refused", 3), ("no_verdict", 4)])

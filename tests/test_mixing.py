@@ -112,6 +112,12 @@ def test_a_batch_of_one_has_nothing_to_mix(batch: str | int, apart: bool, tmp_pa
         assert (mixing_of(path, "onnx", (4,)) == "") is apart
 
 
+def test_a_size_of_no_axes_is_no_traceback() -> None:
+    """ONNX allows it, and it changes nothing."""
+    proto = small([helper.make_node("Expand", ["input", "none"], ["logits"])], ["n", 4], [array("none", [])])
+    assert "Expand" in mixing(twins.Twin(proto, "crafted"), (4,))
+
+
 def test_an_output_without_a_twin_is_no_traceback() -> None:
     """ONNX Runtime gives the places of maxima too; a twin has no such output, and says so."""
     proto = small(

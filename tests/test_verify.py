@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from secure_export.records.reported import Report
 from secure_export.release import SUMS
 from secure_export.verify import LARGEST_SUMS, verify
 from tests import toys
+from tests.conftest import loaded_by
 from tests.gating import Gate
 from tests.receiving import POLICY, Received, does_not_hold
 
@@ -309,15 +308,8 @@ def test_a_released_file_of_another_tool_holds(tmp_path: Path) -> None:
 
 
 def test_verify_needs_no_torch(received: Received) -> None:
-    script = (
-        "import sys\nfrom secure_export.cli import main\n"
-        f"try: main(['verify', {str(received.folder)!r}])\n"
-        "except SystemExit as stop: print('EXIT', stop.code)\n"
-        "print('LOADED', [n for n in ('torch', 'onnx', 'onnxruntime', 'matplotlib') if n in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "EXIT 0" in done.stdout
-    assert "LOADED []" in done.stdout
+    heavy = ("torch", "onnx", "onnxruntime", "matplotlib")
+    assert loaded_by(["verify", str(received.folder)], heavy) == (0, [])
 
 
 def test_folders_that_are_none(tmp_path: Path) -> None:

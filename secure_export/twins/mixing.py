@@ -88,8 +88,8 @@ def mixing_of(path: Path, form: str, shape: Sequence[int]) -> str:
     if form != "onnx":
         return ""
     try:
-        alone = twins.batch_of(twins.read(path)) == 1
-        return "" if alone else mixing(twins.of_onnx(path), shape)
+        proto = twins.read(path)
+        return "" if twins.batch_of(proto) == 1 else mixing(twins.Twin(proto, path.name), shape)
     except CompressError as error:
         return f"not known: {error.message}"
 
@@ -161,7 +161,7 @@ def _wanted(node: Node) -> Sequence[int | None]:
 
 def _expanded(node: Node) -> bool:
     """Rows among themselves, or constants that are the same for all of them."""
-    first, *rest = _wanted(node)
+    first, *rest = _wanted(node) or [0]
     rows = isinstance(node.kinds[0], Rows)
     if any(size is None for size in rest) or len(rest) + 1 != node.made.ndim:
         return False
@@ -172,7 +172,7 @@ def _expanded(node: Node) -> bool:
 
 def _reshaped(node: Node) -> bool:
     """Whether the first size is the batch's, and the others are of one sample."""
-    first, *rest = _wanted(node)
+    first, *rest = _wanted(node) or [1]
     left_over = first in (None, -1, node.batch or None) or (first == 0 and not node.attribute("allowzero", 0))
     same = node.made.shape[1:].numel() == node.data.shape[1:].numel()
     return left_over and same and not any(size is None for size in rest)
