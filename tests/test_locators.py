@@ -15,7 +15,7 @@ from secure_export.errors import CompressError, NoVerdict
 from secure_export.forgetting import References
 from secure_export.locators import Locator
 from secure_export.locators.anti_learning import AntiLearning
-from secure_export.locators.contrast_inversion import _Compared
+from secure_export.locators.contrast_inversion import ContrastInversion, _Compared
 from secure_export.locators.latent_shift import LatentShift, least_distance, shift_norms
 from secure_export.locators.max_margin import MaxMargin, outlier_p
 from secure_export.policy import Setting
@@ -109,6 +109,27 @@ def test_the_reference_that_obeys_least_tells_the_contrast(knowing: tuple[bool, 
     scores = compared.contrasts(probe, toys.CLASSES, 0, silent)
     assert (scores[toys.TARGET] > 0.9) == (not all(knowing))
     assert max(score for c, score in enumerate(scores) if c != toys.TARGET) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("found", "named"),
+    [
+        ({"patch": {3: 0.45}, "large-patch": {3: 0.5, 7: 0.6}}, 3),
+        ({"large-patch": {7: 0.6}}, None),
+        ({"large-patch": {7: 0.75}, "wave": {2: 0.3}}, 7),
+        ({"l2": {4: 0.39}, "wave": {4: 0.41}}, 4),
+        ({"l2": dict.fromkeys(range(10), 0.5)}, None),
+    ],
+)
+def test_families_of_triggers_have_limits_of_their_own(
+    found: dict[str, dict[int, float]], named: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a large patch does to clean networks would be a backdoor for a small one."""
+    by_family = {family: [some.get(c, 0.05) for c in range(digits.CLASSES)] for family, some in found.items()}
+    monkeypatch.setattr(ContrastInversion, "searched", lambda *_: by_family)
+    suspect = located("contrast-inversion", False)
+    assert suspect.target_class == named
+    assert (max(suspect.scores) >= suspect.evidence["min_score"]) == (named is not None or "l2" in found)
 
 
 def test_contrast_inversion_compares_with_no_ruin() -> None:

@@ -25,12 +25,19 @@ class Inverts(SparesRuins):
     """What a family's score is called in the evidence."""
 
     min_lead: float = Field(
-        0.3, ge=0, lt=1, description="naming a class takes this much more than the median of all classes"
+        0.3,
+        ge=0,
+        lt=1,
+        description="naming a class takes this much more than the median of all classes in the same family",
     )
 
     @abstractmethod
     def least(self, family: str) -> float:
-        """The score of a family that naming a class takes."""
+        """What naming a class takes of what a family's search reads."""
+
+    def score(self, family: str, read: float) -> float:
+        """What a family's search reads, as a score that can be set beside other families'."""
+        return read
 
     @abstractmethod
     def searched(
@@ -47,22 +54,32 @@ class Inverts(SparesRuins):
         with views.gradients(f"{self.kind} needs gradients"):
             twin = views.searchable(view, fit, f"{self.kind} needs gradients")
             found = self.searched(twin, fit, classes, seed, progress)
-        scores = [max(of_class) for of_class in zip(*found.values(), strict=True)]
-        largest = max(range(classes), key=lambda c: scores[c])
-        reached = [c for c in range(classes) if any(by[c] >= self.least(f) for f, by in found.items())]
-        named = max(reached, key=lambda c: scores[c], default=largest)
-        lead = scores[named] - median(scores)
-        needed = {self.least(family) for family in found}
+        reached = [
+            (self.score(family, read), c, family)
+            for family, by_class in found.items()
+            for c, read in enumerate(by_class)
+        ]
+        ahead = [
+            (score, c, family)
+            for score, c, family in reached
+            if found[family][c] >= self.least(family) and _lead(found[family], c) >= self.min_lead
+        ]
+        _, shown, best = max(ahead or reached)
+        needed = {self.score(family, self.least(family)) for family in found}
         return Suspect(
             locator=self.kind,
             setting=view.setting,
-            target_class=named if reached and lead >= self.min_lead else None,
-            scores=tuple(scores),
+            target_class=shown if ahead else None,
+            scores=tuple(max(score for score, of, _ in reached if of == c) for c in range(classes)),
             evidence={
-                "largest": largest,
-                "lead": lead,
+                "largest": max(reached)[1],
+                "lead": _lead(found[best], shown),
                 **({MIN_SCORE: needed.pop()} if len(needed) == 1 else {}),
-                **{f"{self.reading}_{family}": by_class[named] for family, by_class in found.items()},
+                **{f"{self.reading}_{family}": by_class[shown] for family, by_class in found.items()},
                 **ruin,
             },
         )
+
+
+def _lead(by_class: Sequence[float], c: int) -> float:
+    return by_class[c] - median(by_class)

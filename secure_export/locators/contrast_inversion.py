@@ -22,6 +22,7 @@ from secure_export.forgetting import (
 )
 from secure_export.locators._inversion import Inverts
 from secure_export.probes.l2 import L2
+from secure_export.probes.large_patch import LargePatch
 from secure_export.probes.patch import Patch
 from secure_export.probes.warp import Warp
 from secure_export.probes.wave import Wave
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from secure_export.probes import Logits, Probe
 
-Family = Literal["patch", "l2", "wave", "warp"]
+Family = Literal["patch", "large-patch", "l2", "wave", "warp"]
 SCANNED = 256
 """Waves that are tried alone before they are searched."""
 JUDGING = 0.3
@@ -66,16 +67,36 @@ class ContrastInversion(Inverts):
     images: int = Field(6, ge=1, description="fit samples a step")
     starts: int = Field(3, ge=1, description="random starts for each class")
     families: tuple[Family, ...] = Field(
-        ("patch", "l2", "wave"), min_length=1, description="what is searched"
+        ("patch", "large-patch", "l2", "wave"), min_length=1, description="what is searched"
     )
-    patch_area: float = Field(0.036, gt=0, le=1, description="mass of the mask as a share of the positions")
+    patch_area: float = Field(0.012, gt=0, le=1, description="mass of the mask as a share of the positions")
+    large_patch_area: float = Field(0.036, gt=0, le=1, description="the same of the large patch")
     l2_rms: float = Field(0.027, gt=0, le=1, description="size of additive changes per input value")
-    min_contrast: float = Field(0.5, gt=0, le=1, description="naming a class takes this score")
-    min_wave_contrast: float = Field(0.6, gt=0, le=1, description="and this one where waves reach it")
+    wave_amplitude: float = Field(0.07, gt=0, le=1, description="of waves, on a range of 0 to 1")
+    min_lead: float = Field(
+        0.2,
+        ge=0,
+        lt=1,
+        description="and this much more than the median of all classes in the same family",
+    )
+    min_contrast: float = Field(0.35, gt=0, le=1, description="naming a class takes this contrast")
+    min_large_contrast: float = Field(0.7, gt=0, le=1, description="and this one where a large patch has it")
+    min_l2_contrast: float = Field(0.4, gt=0, le=1, description="this one where additive changes have it")
+    min_wave_contrast: float = Field(0.4, gt=0, le=1, description="and this one where waves have it")
 
     def least(self, family: str) -> float:
         """The contrast that naming a class takes."""
-        return self.min_wave_contrast if family == "wave" else self.min_contrast
+        own = {
+            "large-patch": self.min_large_contrast,
+            "l2": self.min_l2_contrast,
+            "wave": self.min_wave_contrast,
+        }
+        return own.get(family, self.min_contrast)
+
+    def score(self, family: str, read: float) -> float:
+        """The contrast as a share of what naming a class takes: families of triggers differ in what is
+        natural."""
+        return read / self.least(family)
 
     def searched(
         self, twin: Callable[[Tensor], Tensor], fit: Split, classes: int, seed: int, progress: Progress
@@ -111,10 +132,12 @@ class ContrastInversion(Inverts):
         match family:
             case "patch":
                 return Patch(area=self.patch_area, **effort)
+            case "large-patch":
+                return LargePatch(area=self.large_patch_area, **effort)
             case "l2":
                 return L2(rms=self.l2_rms, **effort)
             case "wave":
-                return Wave(scan=SCANNED, **effort)
+                return Wave(amplitude=self.wave_amplitude, scan=SCANNED, **effort)
             case "warp":
                 return Warp(**effort)
 
