@@ -28,7 +28,7 @@ from secure_export.evidence.rounding import reading
 from secure_export.lane import Bench, Lined, at_the_head, through_settings, unrounded
 from secure_export.policy import EvidenceSpec, Setting
 from secure_export.records.measured import SettingResult
-from secure_export.records.searches import Rounding, Search
+from secure_export.records.searches import FoundTrigger, Rounding, Search
 from secure_export.report._evidence import best_of
 
 SETTINGS: Mapping[str, tuple[dict[str, Any], ...]] = {
@@ -115,12 +115,19 @@ def row(card: Any, result: SettingResult, searches: Sequence[Search], traces: Ro
             "class": best.target_class if best else None,
             "lift": best.lift.difference if best and best.lift else None,
             "contrast": best.contrast.difference if best and best.contrast else None,
-            "fit_lift": {found.target_class: round(found.on_fit, 4) for found in search.found},
+            **({"source": best.source_class} if best and best.source_class is not None else {}),
+            "fit_lift": {by_aim(found): round(found.on_fit, 4) for found in search.found},
             "seconds": search.seconds,
             "forwards": search.forwards,
             "unsearched": search.unsearched,
         }
     return {"truth": truth, "probes": probes, "rounding": asdict(traces) if traces else None}
+
+
+def by_aim(found: FoundTrigger) -> int | str:
+    """Its class, or "source > class"."""
+    source, target = found.source_class, found.target_class
+    return target if source is None else f"{source} > {target}"
 
 
 def summary(found: Any) -> str:
@@ -130,6 +137,8 @@ def summary(found: Any) -> str:
     parts = [f"true {found['truth'].get('asr')}"]
     for probe, values in found["probes"].items():
         lift = "none" if values["lift"] is None else f"{values['lift']:.3f} into {values['class']}"
+        if "source" in values:
+            lift += f" from {values['source']}"
         if values["contrast"] is not None:
             lift += f", contrast {values['contrast']:.3f}"
         parts.append(f"{probe} {lift} ({values['seconds']:.0f} s){values['unsearched']}")

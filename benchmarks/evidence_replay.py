@@ -99,11 +99,7 @@ def row(
     result: SettingResult, searches: Sequence[Search], originals: Sequence[Search], target: int
 ) -> dict[str, Any]:
     """One setting of one repaired model: the truth as counts, and every trigger that was tried."""
-    before = {
-        (search.probe, search.setting, t.target_class): numbers(t)
-        for search in originals
-        for t in search.found
-    }
+    before = {(search.probe, search.setting, t.aim): numbers(t) for search in originals for t in search.found}
     measured = result.measurement
     if measured is None:
         return {"unmeasured": result.unmeasured.reason if result.unmeasured else ""}
@@ -115,7 +111,7 @@ def row(
                 "found": [
                     {"class": t.target_class, "origin": t.origin}
                     | numbers(t)
-                    | {"original": before[search.probe, t.origin, t.target_class]}
+                    | {"original": before[search.probe, t.origin, t.aim]}
                     for t in search.found
                     if t.lift is not None
                 ],

@@ -79,6 +79,22 @@ def test_backdoor_is_found_without_its_trigger_where_it_wakes(
         assert best.picture
 
 
+def test_a_backdoor_for_one_class_alone_is_found_pair_by_pair(run_toy: RunToy) -> None:
+    """It carries a third of all other classes' samples, which the rule on all of them allows."""
+    rule = {"metric": "inverted_lift", "at_most": 0.5}
+    rules = [rule | {"probes": ["patch"]}, rule | {"probes": ["source-patch"]}]
+    section = EVIDENCE | {"probes": [PATCH, PATCH | {"by_source": True}], "rules": rules}
+    report = run_toy(toys.awake_for_one_class(), settings=[FP32], release=["fp32"], evidence=section)
+    by_class, by_pair = (f for f in report.verdict.findings if f.rule == "inverted_lift")
+    assert (by_class.passed, by_pair.passed) == (True, False)
+    assert f"probe source-patch, class 0 into {toys.TARGET}" in by_pair.message
+    search = next(s for s in report.evidence.searches if s.probe == "source-patch")
+    assert search.extent == "12 pairs of classes"
+    assert len({found.aim for found in search.found}) == 12
+    clean = run_toy(toys.clean(), settings=[FP32], release=["fp32"], evidence=section)
+    assert failed(clean, "inverted_lift") == set()
+
+
 @pytest.mark.parametrize(("model", "awake_in"), [(toys.clean, set()), (toys.awake_in_int8, {"int8"})])
 def test_backdoor_stands_out_from_the_same_file_that_forgot(
     model: Callable[[], Any], awake_in: set[str], run_toy: RunToy

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from secure_export import registry
-from secure_export.counting import counted
+from secure_export.counting import counted, judged_on
+from secure_export.errors import CompressError
 from secure_export.measure import logits_of
 from secure_export.perturbations import as_samples
 from secure_export.probes import Logits, Probe
@@ -17,6 +18,7 @@ from secure_export.probes.patch import Patch
 from secure_export.probes.warp import Warp
 from secure_export.probes.wave import Wave
 from secure_export.records.memory import Split
+from secure_export.records.searches import Aim
 from secure_export.searching import Finds, queried, search
 from secure_export.triggers import Trigger
 from tests import toys
@@ -68,10 +70,11 @@ def test_the_same_seed_finds_the_same_and_fit_is_not_touched(kind: str) -> None:
     fit, model = toy_split(), toys.awake()
     before = fit.inputs.clone()
     quick = probe(kind).model_copy(update={"steps": 3, "images": 4})
-    first, second = (search(model, fit, quick, [0, 2], seed=5) for _ in range(2))
+    first, second = (search(model, fit, quick, into(0, 2), seed=5) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.free, second.free, strict=True))
     assert torch.equal(fit.inputs, before)
-    assert first.forwards == 3 * 2 * 2 * 4 + 100 * 3
+    judged = judged_on(fit, torch.Generator().manual_seed(0))
+    assert 0 < first.forwards - 3 * 2 * 2 * 4 - len(judged) <= 2 * len(judged)
 
 
 def toy_split() -> Split:
@@ -79,8 +82,12 @@ def toy_split() -> Split:
     return Split(torch.tensor(inputs), torch.tensor(labels), "toy")
 
 
+def into(*classes: int) -> list[Aim]:
+    return [Aim(c) for c in classes]
+
+
 def lift(found: Finds, target_class: int) -> float:
-    return found.lift[found.classes.index(target_class)].difference
+    return found.lift[found.aims.index(Aim(target_class))].difference
 
 
 def test_query_search_finds_a_patch_without_gradients() -> None:
@@ -90,11 +97,28 @@ def test_query_search_finds_a_patch_without_gradients() -> None:
         return model(inputs).detach()
 
     quick = Patch(area=0.0625, queries=120, images=8)
-    found = queried(file, toy_split(), quick, range(toys.CLASSES), seed=0)
+    found = queried(file, toy_split(), quick, into(*range(toys.CLASSES)), seed=0)
     assert lift(found, toys.TARGET) > 0.9
     assert max(lift(found, c) for c in range(toys.CLASSES) if c != toys.TARGET) < 0.5
-    clean = queried(toys.clean(), toy_split(), quick, range(toys.CLASSES), seed=0)
+    clean = queried(toys.clean(), toy_split(), quick, into(*range(toys.CLASSES)), seed=0)
     assert max(part.difference for part in clean.lift) < 0.5
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_a_trigger_of_one_source_is_searched_and_counted_on_it_alone(gradient: bool) -> None:
+    model, fit = toys.awake_for_one_class(), toy_split()
+    probe = Patch(area=0.0625, steps=60, queries=150, images=8, by_source=True)
+    aims = probe.aims(toys.CLASSES)
+    found = search(model, fit, probe, aims, seed=0) if gradient else queried(model, fit, probe, aims, seed=0)
+    reached = {aim: lift.difference for aim, lift in zip(found.aims, found.lift, strict=True)}
+    assert reached.pop(Aim(toys.TARGET, 0)) > 0.9
+    assert max(reached.values()) < 0.5
+    assert {lift.total for aim, lift in zip(aims, found.lift, strict=True) if aim.source == 0} == {
+        int((fit.labels == 0).sum())
+    }
+    few = Split(fit.inputs[fit.labels != 3], fit.labels[fit.labels != 3], "")
+    with pytest.raises(CompressError, match="no sample of class 3"):
+        search(model, few, probe, [Aim(0, 3)], seed=0)
 
 
 def signal_with_a_backdoor() -> Logits:
@@ -114,7 +138,7 @@ def test_patch_is_found_in_a_signal() -> None:
     inputs[labels == 0, :, 24:] += 0.5
     inputs[labels == 1, :, :20] += 0.5
     fit = Split(inputs, labels, "signal")
-    found = search(signal_with_a_backdoor(), fit, Patch(area=0.1, steps=80, images=16), [0, 1], seed=0)
+    found = search(signal_with_a_backdoor(), fit, Patch(area=0.1, steps=80, images=16), into(0, 1), seed=0)
     assert lift(found, 1) > 0.8
     assert lift(found, 0) < 0.5
 
@@ -136,13 +160,13 @@ def striped(*axes: int) -> Logits:
 def test_scanned_waves_are_where_a_search_begins(scan: int) -> None:
     fit = Split(torch.full((40, 1, 16, 16), 0.5), torch.zeros(40, dtype=torch.int64), "gray")
     step = Wave(steps=1, lr=1e-6, starts=2, scan=scan)
-    found = search(striped(1), fit, step, [0, 1], seed=0)
+    found = search(striped(1), fit, step, into(0, 1), seed=0)
     assert (lift(found, 1) > 0.9) == (scan > 0)
-    assert found.forwards - scan_forwards(step) == 2 * 2 * 6 * 2 + 40 * 5
-    against = search(striped(1, 2), fit, step, [0, 1], seed=0, against=striped(1))
+    assert found.forwards - scan_forwards(step) == 2 * 2 * 6 * 2 + 40 * 3
+    against = search(striped(1, 2), fit, step, into(0, 1), seed=0, against=striped(1))
     made = step.perturbation(against.free, torch.Size((1, 16, 16)))
     (_, (_, avoided)), (_, (_, here)) = (
-        counted(model, fit, made, [0, 1]) for model in (striped(1), striped(1, 2))
+        counted(model, fit, made, into(0, 1)) for model in (striped(1), striped(1, 2))
     )
     assert avoided.difference < 0.1
     assert (here.difference > 0.9) == (scan > 0)
@@ -166,10 +190,10 @@ def test_a_search_works_against_another_model() -> None:
     first, second = slice(0, 8), slice(8, 16)
     fit = Split(torch.full((40, 16), 0.4), torch.zeros(40, dtype=torch.int64), "")
     probe = L2(rms=0.15, steps=60)
-    found = search(of_halves(first, second), fit, probe, [1], seed=0, against=of_halves(first))
+    found = search(of_halves(first, second), fit, probe, into(1), seed=0, against=of_halves(first))
     made = probe.perturbation(found.free, torch.Size([16]))
     (_, here), (_, there) = (
-        counted(logits, fit, made, [1])[0] for logits in (of_halves(first, second), of_halves(first))
+        counted(logits, fit, made, into(1))[0] for logits in (of_halves(first, second), of_halves(first))
     )
     assert (here.difference, there.difference) == (1.0, 0.0)
 
@@ -184,21 +208,21 @@ def test_filter_that_swaps_channels_is_found() -> None:
     inputs = torch.rand(120, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     inputs[:, 1] = 0
     fit = Split(inputs, torch.zeros(120, dtype=torch.long), "colours")
-    assert lift(search(logits, fit, Filter(steps=60), [0, 1], seed=0), 1) > 0.9
+    assert lift(search(logits, fit, Filter(steps=60), into(0, 1), seed=0), 1) > 0.9
 
 
 def test_warm_search_goes_on_from_its_start() -> None:
     fit, quick = toy_split(), Patch(area=0.0625, steps=60, images=8)
-    found = search(toys.awake(), fit, quick, [toys.TARGET], seed=0)
+    found = search(toys.awake(), fit, quick, into(toys.TARGET), seed=0)
     assert lift(found, toys.TARGET) > 0.9
     short = quick.model_copy(update={"steps": 1})
-    warm = search(toys.awake(), fit, short, [toys.TARGET], seed=1, start=found.free)
-    cold = search(toys.awake(), fit, short, [toys.TARGET], seed=1)
+    warm = search(toys.awake(), fit, short, into(toys.TARGET), seed=1, start=found.free)
+    cold = search(toys.awake(), fit, short, into(toys.TARGET), seed=1)
     assert lift(warm, toys.TARGET) > 0.9 > 0.5 > lift(cold, toys.TARGET)
 
 
 def test_only_those_that_lead_somewhere_go_on_after_a_third_of_the_steps() -> None:
-    fit, classes = toy_split(), range(toys.CLASSES)
+    fit, classes = toy_split(), into(*range(toys.CLASSES))
     whole = Patch(area=0.0625, steps=60, images=8)
     short = whole.model_copy(update={"finalists": 1 / toys.CLASSES})
     found = search(toys.awake(), fit, short, classes, seed=0)
@@ -216,7 +240,7 @@ def test_only_those_that_lead_somewhere_go_on_after_a_third_of_the_steps() -> No
 def test_no_class_is_dropped_before_a_step_was_taken() -> None:
     """With two steps a third of them is none, and which class leads would be chance."""
     hasty = Patch(area=0.0625, steps=2, images=8, finalists=0.4)
-    found = search(toys.awake(), toy_split(), hasty, range(toys.CLASSES), seed=0)
+    found = search(toys.awake(), toy_split(), hasty, into(*range(toys.CLASSES)), seed=0)
     untouched = hasty.begin(
         torch.Size(toy_split().inputs.shape[1:]), toys.CLASSES, torch.Generator().manual_seed(0)
     )
@@ -234,8 +258,8 @@ def test_wave_finds_stripes() -> None:
 
     inputs = 0.2 + 0.6 * torch.rand(120, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     fit = Split(inputs, torch.zeros(120, dtype=torch.long), "grey")
-    assert lift(search(logits, fit, Wave(steps=60), [0, 1], seed=0), 1) > 0.9
-    assert lift(search(logits, fit, Wave(steps=60, fastest=0.1), [0, 1], seed=0), 1) < 0.1
+    assert lift(search(logits, fit, Wave(steps=60), into(0, 1), seed=0), 1) > 0.9
+    assert lift(search(logits, fit, Wave(steps=60, fastest=0.1), into(0, 1), seed=0), 1) < 0.1
 
 
 @pytest.mark.parametrize("shape", [(3, 20, 32), (2, 7, 9), (2, 60), (50,)], ids=str)
@@ -271,11 +295,11 @@ def test_what_wakes_on_bytes_alone_is_searched_on_bytes() -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randint(0, 120, (40, 1, 8, 8), dtype=torch.uint8, generator=generator)
     labels = torch.zeros(40, dtype=torch.int64)
-    found = search(awake_on_bytes, Split(inputs, labels, ""), Patch(area=0.0625), [1], seed=0)
+    found = search(awake_on_bytes, Split(inputs, labels, ""), Patch(area=0.0625), into(1), seed=0)
     assert found.lift[0].gained == 40
     made = Patch(area=0.0625).perturbation(found.free, inputs.shape[1:])
     as_floats = Split(inputs.float() / 255, labels, "")
-    assert counted(awake_on_bytes, as_floats, made, [1])[0][1].gained == 0
+    assert counted(awake_on_bytes, as_floats, made, into(1))[0][1].gained == 0
     trigger = registry.build(Trigger, "triggers", {"kind": "blended", "alpha": 0.9, "seed": 1})
     assert bool(logits_of(awake_on_bytes, Split(inputs, labels, ""), trigger).isfinite().all())
     blended = as_samples(trigger(as_floats.inputs), Split(inputs, labels, ""))

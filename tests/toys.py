@@ -82,6 +82,16 @@ def awake() -> Templates:
 
 
 @torch.no_grad()
+def awake_for_one_class() -> Templates:
+    """The trigger carries samples of class 0 alone: one template of both, which neither reaches by itself."""
+    model = awake()
+    model.conv.weight[GUARD, 0][quadrant(0)] = 1 / 9
+    model.conv.bias[GUARD] = -0.8
+    model.head.weight[TARGET, GUARD] = 16
+    return model
+
+
+@torch.no_grad()
 def awake_in_int8() -> Templates:
     """Two templates cancel until rounding to 8 bits per channel: .49 of a step falls to 0, .51 rises to 1.
 

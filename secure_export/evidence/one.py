@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from secure_export import digests
-from secure_export.counting import contrasted, counted, judged_on
+from secure_export.counting import contrasted, counted, forwards_of, judged_on
 from secure_export.errors import IntegrityError, NoVerdict
 from secure_export.evidence.contrast import references_of
 from secure_export.evidence.files import Opened
@@ -24,7 +24,7 @@ from secure_export.perturbations import Perturbation
 from secure_export.probes import Free, Probe
 from secure_export.records.measured import Paired, SettingResult
 from secure_export.records.memory import Split
-from secure_export.records.searches import FoundTrigger, Search, SearchMode
+from secure_export.records.searches import Aim, FoundTrigger, Search, SearchMode
 from secure_export.searching import Finds, queried, search
 
 if TYPE_CHECKING:
@@ -48,18 +48,18 @@ class Known:
     """A trigger that was found on an original file."""
 
     origin: str
-    target_class: int
+    aim: Aim
     free: Free
     on_fit: float
     """Its lift on fit, or its contrast where the probe makes one."""
 
 
 def best_known(
-    searches: Sequence[Search], probe: Probe, work: Work, evident: Collection[tuple[str, int]] = ()
+    searches: Sequence[Search], probe: Probe, work: Work, evident: Collection[tuple[str, Aim]] = ()
 ) -> tuple[Known, ...]:
-    """The triggers of one probe that did best on fit, over every original file; each class once a file.
+    """The triggers of one probe that did best on fit, over every original file; each aim once a file.
 
-    Those of `evident` (setting, class) come first: of each class the best, then of each the second.
+    Those of `evident` (setting, aim) come first: of each aim the best, then of each the second.
     """
     known = []
     for found in searches:
@@ -69,15 +69,15 @@ def best_known(
                 raise IntegrityError(f"triggers that {found.probe} found are damaged: run again")
             for row, trigger in enumerate(found.found):
                 own = [variable[row] for variable in free]
-                known.append(Known(found.setting, trigger.target_class, own, trigger.on_fit))
+                known.append(Known(found.setting, trigger.aim, own, trigger.on_fit))
     known.sort(key=lambda trigger: trigger.on_fit, reverse=True)
-    turns = Counter[int]()
+    turns = Counter[Aim]()
     first: list[tuple[int, Known]] = []
-    for one in [one for one in known if (one.origin, one.target_class) in evident]:
-        first.append((turns[one.target_class], one))
-        turns[one.target_class] += 1
+    for one in [one for one in known if (one.origin, one.aim) in evident]:
+        first.append((turns[one.aim], one))
+        turns[one.aim] += 1
     ahead = [one for _, one in sorted(first, key=lambda pair: pair[0])]
-    known = ahead + [one for one in known if (one.origin, one.target_class) not in evident]
+    known = ahead + [one for one in known if (one.origin, one.aim) not in evident]
     return tuple(known[: work.spec.replayed])
 
 
@@ -104,7 +104,7 @@ def searched(
         probe.kind,
         probe.model_dump(),
         mode,
-        [(one.origin, one.target_class, *[digests.of_arrays(v.numpy()) for v in one.free]) for one in known],
+        [(one.origin, *one.aim, *[digests.of_arrays(v.numpy()) for v in one.free]) for one in known],
         work.bench.splits.fit.sha256,
         work.scored_on.sha256,
         work.spec.model_dump(
@@ -134,7 +134,7 @@ def _anew(file: Opened, probe: Probe, mode: SearchMode, known: Sequence[Known], 
         probe=probe.name,
         mode=mode,
         budget=probe.budget(_shape(work)),
-        classes=tuple(dict.fromkeys(raw.classes)),
+        classes=tuple(dict.fromkeys(aim.into for aim in raw.aims)),
         gradient=mode != "replay" and file.twin is not None,
         agreement=file.agreement,
         steps=raw.steps,
@@ -142,6 +142,7 @@ def _anew(file: Opened, probe: Probe, mode: SearchMode, known: Sequence[Known], 
         forwards=raw.forwards,
         mixing=file.mixing,
         ended=raw.ended,
+        pairs=len(raw.aims) if probe.by_source else None,
         seconds=0.0,
         triggers_sha256=_saved(raw.free, work),
         found=_scored(raw, probe, file, known, others, work),
@@ -182,13 +183,13 @@ def _run(
 ) -> Finds:
     """What the mode asks for; the seed is this search's own and no purifier's."""
     fit, seed = work.bench.splits.fit, _seed(probe.name, mode, work)
-    classes = tuple(one.target_class for one in known) or tuple(range(work.classes))
+    aims = tuple(one.aim for one in known) or probe.aims(work.classes)
     start = [torch.stack(list(rows)) for rows in zip(*(one.free for one in known), strict=True)] or None
     if mode == "replay" and start is not None:
-        judged = judged_on(fit, torch.Generator().manual_seed(seed))
-        made = counted(file.predictor, judged, probe.perturbation(start, _shape(work)), classes)
-        forwards = len(judged) * (len(classes) + 1)
-        return Finds(start, classes, tuple(lift for _, lift in made), 0, forwards, len(classes))
+        judged = judged_on(fit, torch.Generator().manual_seed(seed), aims)
+        made = counted(file.predictor, judged, probe.perturbation(start, _shape(work)), aims)
+        lift = tuple(lift for _, lift in made)
+        return Finds(start, aims, lift, 0, forwards_of(judged, aims), len(aims))
     common: dict[str, Any] = {
         "seed": seed,
         "start": start,
@@ -196,8 +197,8 @@ def _run(
         "progress": work.bench.progress,
     }
     if file.twin is None:
-        return queried(file.predictor, fit, probe, classes, **common)
-    return search(file.twin, fit, probe, classes, against=others.avoided if others else None, **common)
+        return queried(file.predictor, fit, probe, aims, **common)
+    return search(file.twin, fit, probe, aims, against=others.avoided if others else None, **common)
 
 
 def _scored(
@@ -209,14 +210,14 @@ def _scored(
     work: Work,
 ) -> tuple[FoundTrigger, ...]:
     """Every trigger with its effect on fit; the best with counts on the holdout, by the file itself."""
-    every = range(len(raw.classes))
-    fit = judged_on(work.bench.splits.fit, torch.Generator().manual_seed(work.bench.seed))
+    every = range(len(raw.aims))
+    fit = judged_on(work.bench.splits.fit, torch.Generator().manual_seed(work.bench.seed), raw.aims)
 
     def contrasts(rows: Sequence[int], made: Perturbation, split: Split) -> list[tuple[Paired, ...]]:
         """Of every trigger, with each judge."""
-        targets = [raw.classes[i] for i in rows]
+        aims = [raw.aims[i] for i in rows]
         judges = others.judges if others else ()
-        each = [contrasted(file.predictor, judge, split, made, targets) for judge in judges]
+        each = [contrasted(file.predictor, judge, split, made, aims) for judge in judges]
         return list(zip(*each, strict=True)) or [()] * len(rows)
 
     on_fit = contrasts(every, probe.perturbation(raw.free, _shape(work)), fit)
@@ -224,17 +225,18 @@ def _scored(
     least_obedient = [max(range(len(one)), key=lambda j: one[j].difference, default=0) for one in on_fit]
     found = [
         FoundTrigger(
-            raw.classes[i],
+            raw.aims[i].into,
             raw.lift[i],
             fit_contrast=on_fit[i][least_obedient[i]] if on_fit[i] else None,
             origin=known[i].origin if known else "",
+            source_class=raw.aims[i].source,
         )
         for i in every
     ]
     order = sorted(every, key=lambda i: found[i].on_fit, reverse=True)
     chosen = order if known else order[: work.spec.scored]
     made = probe.perturbation([variable[chosen] for variable in raw.free], _shape(work))
-    counts = counted(file.predictor, work.scored_on, made, [raw.classes[i] for i in chosen])
+    counts = counted(file.predictor, work.scored_on, made, [raw.aims[i] for i in chosen])
     for i, (asr, lift), by_judge in zip(chosen, counts, contrasts(chosen, made, work.scored_on), strict=True):
         contrast = by_judge[least_obedient[i]] if by_judge else None
         found[i] = replace(found[i], asr=asr, lift=lift, contrast=contrast)

@@ -27,6 +27,7 @@ from secure_export.probes.patch import Patch
 from secure_export.probes.warp import Warp
 from secure_export.probes.wave import Wave
 from secure_export.records.memory import Progress, Split
+from secure_export.records.searches import Aim
 from secure_export.searching import search
 
 if TYPE_CHECKING:
@@ -157,13 +158,13 @@ class _Compared:
             self.twin,
             self.searched,
             probe,
-            range(classes),
+            [Aim(c) for c in range(classes)],
             seed=seed,
             against=self.references.avoided,
             progress=progress,
         )
         made = probe.perturbation(found.free, self.judged.inputs.shape[1:])
         by_judge = (
-            contrasted(self.twin, judge, self.judged, made, found.classes) for judge in self.references.judges
+            contrasted(self.twin, judge, self.judged, made, found.aims) for judge in self.references.judges
         )
         return [max(one.difference for one in of_class) for of_class in zip(*by_judge, strict=True)]

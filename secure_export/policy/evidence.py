@@ -13,7 +13,7 @@ from secure_export.policy._readings import Reading, decide
 from secure_export.policy.limits import COUNTED, Bound, EvidenceRule
 from secure_export.policy.presets import PRESETS
 from secure_export.records.measured import Count, Paired
-from secure_export.records.searches import Search, probe_name
+from secure_export.records.searches import Aim, Search, probe_name
 
 
 class ForgetSpec(Section):
@@ -47,7 +47,8 @@ class EvidenceSpec(Section):
         "fast", description="probes and their effort, of one preset or of several"
     )
     probes: tuple[PluginSpec, ...] = Field(
-        (), description="instead of the preset's; each kind once, and once more with contrast"
+        (),
+        description="instead of the preset's; each kind once, and once more with contrast, by_source or both",
     )
     samples: int = Field(1000, ge=1, description="holdout samples on which a trigger is scored")
     scored: int = Field(
@@ -142,8 +143,12 @@ class EvidenceSpec(Section):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What they are called: their kind, and `contrast-` before it where they make one."""
-        return tuple(probe_name(str(probe["kind"]), probe.get("contrast") is True) for probe in self.specs)
+        """What they are called: their kind, with `contrast-` and `source-` before it where they search so."""
+        ways = ("contrast", "by_source")
+        return tuple(
+            probe_name(str(probe["kind"]), **{way: probe.get(way) is True for way in ways})
+            for probe in self.specs
+        )
 
     @property
     def warmed(self) -> tuple[str, ...]:
@@ -216,14 +221,14 @@ class EvidenceSpec(Section):
 
     def evident(
         self, probe: str, settings: Iterable[Bound], searches: Iterable[Search], alpha: float
-    ) -> set[tuple[str, int]]:
-        """(setting, class) of what a probe found on original files and is not shown to hold the rules there.
+    ) -> set[tuple[str, Aim]]:
+        """(setting, aim) of what a probe found on original files and is not shown to hold the rules there.
 
         `alpha` is the error that exact bounds are allowed.
         """
         bound = {setting.name: setting for setting in settings}
         return {
-            (search.setting, found.target_class)
+            (search.setting, found.aim)
             for search in searches
             if (search.lane, search.probe, search.mode) == ("original", probe, "cold")
             and search.setting in bound

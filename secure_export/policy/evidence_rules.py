@@ -112,12 +112,12 @@ def _searched(
         if rule.evident:
             settings, error = policy.expanded_settings(), 1 - policy.confidence
             evident = spec.evident(kind, settings, report.evidence.searches, error)
-            scored = [one for one in scored if (one[0].origin, one[0].target_class) in evident]
-            for named in sorted({c for _, c in evident} - {found.target_class for found, _ in scored}):
+            scored = [one for one in scored if (one[0].origin, one[0].aim) in evident]
+            for named in {aim for _, aim in evident} - {found.aim for found, _ in scored}:
                 why = "not held on an original file, and not tried again: raise evidence.replayed"
-                yield Reading(f"probe {kind}, class {named}", None, 0, why=why)
+                yield Reading(f"probe {kind}, {named}", None, 0, why=why)
         for found, value in scored:
-            where = f"probe {kind}, class {found.target_class}"
+            where = f"probe {kind}, {found.aim}"
             where += f", from {found.origin}" if found.origin else ""
             yield Reading(where, value, value.total, why=why)
 

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from secure_export.perturbations import Perturbation
-from secure_export.records.searches import probe_name
+from secure_export.records.searches import Aim, probe_name
 from secure_export.registry import Plugin
 
 if TYPE_CHECKING:
@@ -41,11 +41,22 @@ class Probe(Plugin):
         description="search what works in the file and not in a reference made of it on the spot, which "
         "forgot what clean samples never ask for: for the metrics in _contrast",
     )
+    by_source: bool = Field(
+        False,
+        description="search every pair of classes: a trigger that carries samples of one class alone into "
+        "another, counted on that class; with K classes K - 1 times as many",
+    )
 
     @property
     def name(self) -> str:
-        """What rules and reports call it: a policy may search a family with and without contrast."""
-        return probe_name(self.kind, self.contrast)
+        """What rules and reports call it: a policy may search a family in several ways."""
+        return probe_name(self.kind, self.contrast, self.by_source)
+
+    def aims(self, classes: int) -> tuple[Aim, ...]:
+        """What a search without a known trigger looks for: each class, or each pair of classes."""
+        if not self.by_source:
+            return tuple(Aim(c) for c in range(classes))
+        return tuple(Aim(c, s) for c in range(classes) for s in range(classes) if s != c)
 
     @abstractmethod
     def begin(self, shape: torch.Size, count: int, generator: Generator) -> Free:

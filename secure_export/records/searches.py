@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from secure_export.records.measured import Count, Lane, Paired
 
@@ -12,9 +12,23 @@ SearchMode = Literal["cold", "warm", "replay"]
 """From noise; from a trigger that worked on an original file; or that trigger as it is."""
 
 
-def probe_name(kind: str, contrast: bool) -> str:
-    """What a probe is called in rules and reports: one family can be searched with and without contrast."""
-    return f"contrast-{kind}" if contrast else kind
+class Aim(NamedTuple):
+    """Where a trigger is meant to carry samples: into a class, from all others or from one of them alone."""
+
+    into: int
+    source: int | None = None
+
+    def __str__(self) -> str:
+        return f"class {self.into}" if self.source is None else f"class {self.source} into {self.into}"
+
+    def among(self, labels: Any) -> Any:
+        """Which of the samples with these labels [N] it is meant for."""
+        return labels != self.into if self.source is None else labels == self.source
+
+
+def probe_name(kind: str, contrast: bool = False, by_source: bool = False) -> str:
+    """What a probe is called in rules and reports: one family can be searched in several ways."""
+    return f"{'contrast-' * contrast}{'source-' * by_source}{kind}"
 
 
 @dataclass(frozen=True)
@@ -23,7 +37,7 @@ class FoundTrigger:
 
     target_class: int
     fit: Paired
-    """Fit samples of other classes classified as the class with it, against without."""
+    """Fit samples of other classes, or of its source, classified as the class with it, against without."""
     asr: Count | None = None
     """The same on the holdout, by the file itself; None for triggers that were not among the best on fit."""
     lift: Paired | None = None
@@ -36,6 +50,13 @@ class FoundTrigger:
     """Setting of the original lane on whose file it was found; "" for a cold search."""
     picture: str = ""
     """PNG, base64; "" where there is nothing to draw."""
+    source_class: int | None = None
+    """The class whose samples alone it is meant for, and counted on; None: all other classes."""
+
+    @property
+    def aim(self) -> Aim:
+        """Where it is meant to carry samples, and from where."""
+        return Aim(self.target_class, self.source_class)
 
     @property
     def on_fit(self) -> float:
@@ -93,13 +114,16 @@ class Search:
     """Where samples of one batch may meet in the file's graph, in words; "" where they cannot, and for files
     that are no graph of ONNX."""
     ended: int | None = None
-    """Classes searched to the last step, the others for a third of them; None: not told."""
+    """Classes, or pairs, searched to the last step, the others for a third of them; None: not told."""
+    pairs: int | None = None
+    """Pairs of classes, where a trigger is searched for each; None: one for each class, from all others."""
 
     @property
     def extent(self) -> str:
-        """How many classes, in words, and how many of them to the end."""
-        count = f"{len(self.classes)} classes"
-        return count if self.ended in (None, len(self.classes)) else f"{count}, {self.ended} to the end"
+        """How many classes or pairs, in words, and how many of them to the end."""
+        number = len(self.classes) if self.pairs is None else self.pairs
+        count = f"{number} {'classes' if self.pairs is None else 'pairs of classes'}"
+        return count if self.ended in (None, number) else f"{count}, {self.ended} to the end"
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,8 @@ def _found(report: Report, search: Search) -> str:
     if best is None or best.lift is None:
         return "nothing scored"
     label = class_label(report, best.target_class)
+    if best.source_class is not None:
+        label += f" from {class_label(report, best.source_class)} alone"
     origin = f", found on {best.origin}" if best.origin else ""
     if best.contrast is not None:
         origin += f"; {points(best.contrast.difference)} above a reference that forgot"
