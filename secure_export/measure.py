@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from secure_export.errors import CompressError
 from secure_export.perturbations import as_samples
-from secure_export.records.measured import Count, Lane, Measurement, Paired, TriggerCounts
+from secure_export.records.measured import Count, Lane, Measurement, Paired, PairLift, TriggerCounts
 from secure_export.records.memory import Predictor, Progress, Split, silent
 from secure_export.triggers import Trigger
 
@@ -84,6 +84,7 @@ def measure(
         triggers=tuple(counted),
         latency_ms=1000 * seconds / total,
         batch_size=BATCH_SIZE,
+        of_class=tuple(holdout.labels.bincount(minlength=classes).tolist()),
     )
 
 
@@ -100,7 +101,19 @@ def count_trigger(name: str, clean: Tensor, triggered: Tensor, labels: Tensor, c
         asr.append(Count(_hits(hit), total))
         lift.append(Paired(_hits(hit & ~before), _hits(before & ~hit), total))
         ra.append(Count(_hits(others & (triggered == labels)), total))
-    return TriggerCounts(name, tuple(asr), tuple(lift), tuple(ra))
+    pairs = tuple(_pairs(clean, triggered, labels))
+    return TriggerCounts(name, tuple(asr), tuple(lift), tuple(ra), pairs=pairs)
+
+
+def _pairs(clean: Tensor, triggered: Tensor, labels: Tensor) -> Iterator[PairLift]:
+    """Where samples of a class are carried into another, ascending: the lift on that class alone."""
+    carried = (triggered != labels) & (triggered != clean)
+    ways = zip(labels[carried].tolist(), triggered[carried].tolist(), strict=True)
+    for source, into in sorted(set(ways)):
+        own = labels == source
+        hit, before = own & (triggered == into), own & (clean == into)
+        lift = Paired(_hits(hit & ~before), _hits(before & ~hit), _hits(own))
+        yield PairLift(source, into, lift)
 
 
 def count_changed(trigger: Trigger, split: Split) -> Count:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secure_export.policy import approve, judge
-from secure_export.records.measured import Count, Paired, Suspect, Verdict
+from secure_export.records.measured import Count, Paired, PairLift, Suspect, Verdict
 from secure_export.statistics import lower, paired_upper, upper
 from tests.judging import (
     HOLDOUT,
@@ -118,6 +118,41 @@ def test_limits_on_the_worst_trigger_and_class(
     assert finding.passed is passed, finding.message
     if passed is not True:
         assert f"(trigger {trigger}, class {target_class})" in finding.message
+
+
+THIRD = HOLDOUT // 3
+QUIET: tuple[PairLift, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "of_class", "passed", "where"),
+    [
+        (QUIET, (THIRD,) * 3, True, ""),
+        ((PairLift(0, 1, Paired(90, 0, THIRD)),), (THIRD,) * 3, True, "class 0 into 1"),
+        ((PairLift(0, 1, Paired(110, 0, THIRD)),), (THIRD,) * 3, None, "class 0 into 1"),
+        ((PairLift(2, 1, Paired(150, 10, THIRD)),), (THIRD,) * 3, False, "class 2 into 1"),
+        (QUIET, (THIRD, 5, THIRD), None, "class 1 into 0"),
+        (QUIET, (THIRD, 0, THIRD), None, "class 1 into 0"),
+        (None, (THIRD,) * 3, None, "class ? into 0"),
+        (QUIET, None, None, "class ? into 0"),
+        (QUIET, (THIRD,) * 2, None, "class ? into 0"),
+        ((PairLift(0, 1, Paired(9, 0, 90 * THIRD)),), (THIRD,) * 3, None, "class 0 into 1"),
+        ((PairLift(7, 1, Paired(9, 0, THIRD)),), (THIRD,) * 3, None, "class 7 into 1"),
+    ],
+)
+def test_source_lift_is_read_pair_by_pair(pairs: Any, of_class: Any, passed: bool | None, where: str) -> None:
+    """A trigger for one class of three lifts its target by .1, and its own samples by .3."""
+    rules = [{"metric": "source_lift", "at_most": 0.25, "settings": ["fp32"]}, *RULES]
+    triggers = tuple(replace(counts, pairs=pairs) for counts in make_measurement("fp32").triggers)
+    report = measured(triggers=triggers, of_class=of_class)
+    verdict = judge(make_policy(rules=rules), report)
+    finding = only(verdict.findings, "source_lift", "fp32")
+    assert finding.passed is passed, finding.message
+    assert where in finding.message
+    assert all(f.passed for f in verdict.findings if f.rule == "lift")
+    if pairs and passed is not None:
+        lift = pairs[0].lift
+        assert finding.bound == pytest.approx(paired_upper(lift.gained, lift.lost, THIRD, ALPHA / 6))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from secure_export.errors import CompressError
 from secure_export.measure import Reference, count_trigger, logits_of, measure
-from secure_export.records.measured import Count, Paired
+from secure_export.records.measured import Count, Paired, PairLift
 from secure_export.records.memory import Split
 from secure_export.triggers import Trigger
 
@@ -51,6 +51,18 @@ def test_lift_is_paired_with_the_same_samples_without_the_trigger() -> None:
     assert counts.ra == (Count(2, 5), Count(2, 6), Count(2, 5))
 
 
+def test_lift_by_source_names_every_pair_that_moves() -> None:
+    counts = count_trigger("t", CLEAN, TRIGGERED, LABELS, 3)
+    assert counts.pairs == (
+        PairLift(0, 1, Paired(1, 0, 3)),
+        PairLift(1, 0, Paired(1, 0, 2)),
+        PairLift(2, 0, Paired(1, 0, 3)),
+        PairLift(2, 1, Paired(1, 1, 3)),
+    )
+    for c, lift in enumerate(counts.lift):
+        assert sum(pair.lift.gained for pair in counts.pairs if pair.into == c) == lift.gained
+
+
 def test_measurement_counts_drop_agreement_and_collapse() -> None:
     subject_predictions = torch.tensor([0, 0, 0, 1, 1, 2, 2, 0])
     reference = Reference(subject_predictions, one_hot(torch.tensor([0, 0, 1, 1, 1, 2, 0, 0])))
@@ -61,6 +73,7 @@ def test_measurement_counts_drop_agreement_and_collapse() -> None:
     assert found.top_share == Count(4, 8)
     assert found.logit_difference == 1.0
     assert found.triggers[0].asr[1] == Count(3, 6)
+    assert found.of_class == (3, 2, 3)
 
 
 def test_collapsed_model_has_asr_but_no_lift() -> None:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from secure_export import registry
 from secure_export.errors import PolicyError
-from secure_export.policy.limits import COMPARING
+from secure_export.policy.limits import CARRIED, COMPARING
 from secure_export.policy.schema import Policy, Setting
 from secure_export.policy.yaml import Loc, Problem
 
@@ -91,7 +91,7 @@ def _patterns(policy: Policy) -> Iterator[Problem]:
 def _unread(policy: Policy) -> Iterator[Problem]:
     """What is applied or searched and no rule reads would stand in the report as if it had been judged."""
     for index, trigger in enumerate(policy.triggers):
-        rules = [rule for rule in policy.rules if rule.metric in ("asr", "lift") and rule.classes == "all"]
+        rules = [rule for rule in policy.rules if rule.metric in CARRIED and rule.classes == "all"]
         if not any(rule.triggers == "all" or trigger.name in rule.triggers for rule in rules):
             text = f"no asr or lift rule reads trigger {trigger.name!r}: name it in one, or leave it out"
             yield Problem(("triggers", index), text)
@@ -113,7 +113,7 @@ def _coverage(policy: Policy) -> Iterator[Problem]:
         metrics = {rule.metric for rule in rules if rule.can_fail or not setting.released}
         able = " that can fail" if len(metrics) < len({rule.metric for rule in rules}) else ""
         bound = f"{able} binds setting {setting.name!r}{', which is released' if setting.released else ''}"
-        if not metrics & {"asr", "lift"}:
+        if not metrics & set(CARRIED):
             yield Problem(places[()], f"no asr or lift rule on all classes{bound}")
         if setting.released and not metrics & {"acc", "acc_drop"}:
             yield Problem(places[()], f"no acc or acc_drop rule{bound}")

@@ -37,7 +37,7 @@ class ForgetSpec(Section):
     )
 
 
-Preset = Literal["fast", "wide", "thorough", "contrast", "contrast-both", "contrast-large"]
+Preset = Literal["fast", "wide", "thorough", "contrast", "contrast-both", "contrast-large", "contrast-source"]
 
 
 class EvidenceSpec(Section):

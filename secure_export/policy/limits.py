@@ -10,10 +10,12 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from secure_export.policy._base import Section, selection
 
-AT_MOST = ("acc_drop", "asr", "lift", "logit_difference", "top_share")
-PER_TRIGGER = ("asr", "lift", "ra")
+AT_MOST = ("acc_drop", "asr", "lift", "source_lift", "logit_difference", "top_share")
+CARRIED = ("asr", "lift", "source_lift")
+"""What says how many samples a known trigger carries."""
+PER_TRIGGER = (*CARRIED, "ra")
 COMPARING = ("acc_drop", "agreement", "logit_difference")
-PAIRED = ("acc_drop", "lift")
+PAIRED = ("acc_drop", "lift", "source_lift")
 
 Metric = Literal[
     "inverted_asr",
@@ -51,18 +53,21 @@ class Bound(Protocol):
 class Rule(Section):
     """One limit on one metric."""
 
-    metric: Literal["acc", "acc_drop", "asr", "lift", "ra", "agreement", "logit_difference", "top_share"] = (
-        Field(description="what is counted on the holdout")
+    metric: Literal[
+        "acc", "acc_drop", "asr", "lift", "source_lift", "ra", "agreement", "logit_difference", "top_share"
+    ] = Field(
+        description="what is counted on the holdout; source_lift: lift on the samples of one true class, for "
+        "every pair of classes"
     )
     at_most: float | None = Field(
-        None, ge=0, description="for acc_drop, asr, lift, top_share, logit_difference"
+        None, ge=0, description="for acc_drop, asr, lift, source_lift, top_share, logit_difference"
     )
     at_least: float | None = Field(None, ge=0, description="for acc, ra, agreement")
     settings: Annotated[str | tuple[str, ...], selection(("all", "released"))] = Field(
         "all", description="all, released, or a list of names and globs"
     )
     classes: Literal["all", "suspects"] = Field(
-        "all", description="target classes that asr, lift and ra look at"
+        "all", description="target classes that asr, lift, source_lift and ra look at"
     )
     triggers: Annotated[str | tuple[str, ...], selection(("all",))] = Field(
         "all", description="all, or a list of names"

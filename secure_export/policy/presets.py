@@ -40,6 +40,18 @@ PRESETS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
         {"kind": "l2", "contrast": True, "rms": 0.027, **CONTRAST},
         {"kind": "wave", "contrast": True, "amplitude": 0.07, "scan": 256, **CONTRAST},
     ),
+    # A trigger for one class alone carries too few of all others' samples to be seen by the searches above.
+    "contrast-source": (
+        {
+            "kind": "patch",
+            "contrast": True,
+            "by_source": True,
+            "area": 0.012,
+            "steps": 60,
+            "images": 4,
+            "finalists": 0.4,
+        },
+    ),
     # Natural triggers grow faster with the size than planted ones (docs/evidence-measured.md#contrast).
     "contrast-large": (
         {"kind": "patch", "contrast": True, "area": 0.036, **CONTRAST},

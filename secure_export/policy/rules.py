@@ -17,7 +17,15 @@ from secure_export.policy.check import for_artifact
 from secure_export.policy.evidence_rules import evidence_findings
 from secure_export.policy.limits import PER_TRIGGER, Rule
 from secure_export.policy.schema import ARTIFACT, Policy, Setting
-from secure_export.records.measured import Count, Finding, Measurement, Outcome, Paired, Verdict
+from secure_export.records.measured import (
+    Count,
+    Finding,
+    Measurement,
+    Outcome,
+    Paired,
+    PairLift,
+    Verdict,
+)
 from secure_export.records.reported import Report
 
 
@@ -63,6 +71,8 @@ def _rule(
     alpha = 1 - policy.confidence
     if rule.metric in PER_TRIGGER:
         alpha /= max(1, len(_classes(rule, report)))
+    if rule.metric == "source_lift":
+        alpha /= max(1, report.subject.classes - 1)
     decided = [decide(reading, rule, alpha) for reading in _readings(rule, measurement, policy, report)]
     worst = max(
         decided, key=lambda reading: severity(reading, rule), default=Reading("", None, 0, why="no class")
@@ -99,11 +109,36 @@ def _readings(rule: Rule, measurement: Measurement, policy: Policy, report: Repo
             if rule.triggers != "all" and trigger.name not in rule.triggers:
                 continue
             found = [counts for counts in measurement.triggers if counts.trigger == trigger.name]
+            if rule.metric == "source_lift":
+                pairs = found[0].pairs if len(found) == 1 else None
+                for c in _classes(rule, report):
+                    yield from _by_source(trigger.name, c, pairs, measurement, report.subject.classes)
+                continue
             per_class = getattr(found[0], rule.metric) if len(found) == 1 else ()
             for c in _classes(rule, report):
                 known = 0 <= c < len(per_class) == report.subject.classes
                 count = per_class[c] if known else None
                 yield Reading(f"trigger {trigger.name}, class {c}", count, count.total if count else 0)
+
+
+def _by_source(
+    name: str, c: int, pairs: Sequence[PairLift] | None, measurement: Measurement, classes: int
+) -> Iterator[Reading]:
+    """The lift into class c of every class that is carried there, and of the fewest samples that are not."""
+    where = f"trigger {name}, class {{}} into {c}"
+    of_class = measurement.of_class
+    if pairs is None or of_class is None or not 0 <= c < len(of_class) == classes:
+        yield Reading(where.format("?"), None, 0)
+        return
+    carried = {pair.source: pair.lift for pair in pairs if pair.into == c}
+    for source, lift in carried.items():
+        known = 0 <= source < classes and lift.total == of_class[source]
+        yield Reading(where.format(source), lift if known else None, lift.total)
+    others = set(range(classes)) - carried.keys() - {c}
+    if others:
+        fewest = min(others, key=lambda source: of_class[source])
+        total = of_class[fewest]
+        yield Reading(where.format(fewest), Paired(0, 0, total), total)
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,15 @@ class Disagreement:
 
 
 @dataclass(frozen=True)
+class PairLift:
+    """What a trigger does to the samples of one class alone."""
+
+    source: int
+    into: int
+    lift: Paired
+
+
+@dataclass(frozen=True)
 class TriggerCounts:
     """One trigger on one artifact; every tuple is indexed by the candidate target class c.
 
@@ -165,6 +174,9 @@ class TriggerCounts:
     """Triggered samples still classified as their true class (the paper's TA)."""
     changed: Count | None = None
     """The first samples, whatever their class, that the trigger changes at all; None in older reports."""
+    pairs: tuple[PairLift, ...] | None = None
+    """The lift by source, for every pair of classes between which the trigger carries any sample; None in
+    older reports."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +198,8 @@ class Measurement:
     latency_ms: float
     """Milliseconds per sample over the clean pass, at `batch_size`."""
     batch_size: int
+    of_class: tuple[Samples, ...] | None = None
+    """Holdout samples of each true class; None in older reports."""
 
 
 @dataclass(frozen=True)
