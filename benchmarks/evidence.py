@@ -129,7 +129,8 @@ def lift_of(counts: TriggerCounts, card: Any) -> Paired:
     """Of the planted trigger: on all other classes, or on the one that the attack is made for."""
     entry, target = ZOO.get(card["name"]), card["target_class"]
     if entry is None or entry.source is None:
-        return counts.lift[target]
+        of_all: Paired = counts.lift[target]
+        return of_all
     pairs = [one.lift for one in counts.pairs or () if (one.source, one.into) == (entry.source, target)]
     return pairs[0] if pairs else Paired(0, 0, 1)
 
