@@ -26,10 +26,12 @@ from secure_export.runtimes import runtime
 from secure_export.words import printable
 
 UNSEARCHED = "that no trigger exists: only the triggers listed above were applied"
-SEARCHED = (
-    "that no trigger exists: the searches reach no further than the listed budgets, and rules count the "
-    "samples of all classes together"
+SEARCHED = "that no trigger exists: the searches reach no further than the listed budgets"
+UNPAIRED = (
+    "that no trigger exists that carries the samples of one class alone: none was searched pair by pair "
+    "(by_source)"
 )
+UNCOUNTED = "that no listed trigger carries the samples of one class alone: no rule reads source_lift"
 NOT_SHOWN = (
     "anything about runtimes, their options, compression settings or CPUs that are not named here",
     "anything about inputs unlike the clean samples",
@@ -105,11 +107,17 @@ def _evidence(policy: Policy, gathered: Gathered, further: Sequence[str]) -> Evi
     probes = dict.fromkeys(search.probe for search in searches)
     done = sum(not search.unsearched for search in searches)
     ran = f"{', '.join(probes)}; {done} of {len(searches)} searches could be made"
-    imprecise = (IMPRECISE,) if policy.precise_int8 else ()
+    gaps = [SEARCHED if searches else UNSEARCHED, *NOT_SHOWN]
+    if searches and not any(search.pairs for search in searches):
+        gaps.append(UNPAIRED)
+    if not any(rule.metric == "source_lift" for rule in policy.rules):
+        gaps.append(UNCOUNTED)
+    if policy.precise_int8:
+        gaps.append(IMPRECISE)
     return Evidence(
         known_triggers=tuple({"name": spec.name, **spec.plugin} for spec in policy.triggers),
         trigger_search=ran if searches else "none",
-        not_shown=(SEARCHED if searches else UNSEARCHED, *NOT_SHOWN, *imprecise, *further),
+        not_shown=(*gaps, *further),
         searches=searches,
         roundings=gathered.roundings,
     )

@@ -71,6 +71,7 @@ def test_backdoor_is_found_without_its_trigger_where_it_wakes(
 ) -> None:
     report = run_toy(model(), settings=settings, release=["fp32"], evidence=EVIDENCE)
     assert failed(report, "inverted_lift") == awake_in
+    assert "none was searched pair by pair" in " ".join(report.evidence.not_shown)
     for name in awake_in:
         best = max(cold(report, "purified", name).found, key=lambda t: t.lift.difference if t.lift else -1)
         assert best.target_class == toys.TARGET
@@ -91,6 +92,8 @@ def test_a_backdoor_for_one_class_alone_is_found_pair_by_pair(run_toy: RunToy) -
     search = next(s for s in report.evidence.searches if s.probe == "source-patch")
     assert search.extent == "12 pairs of classes"
     assert len({found.aim for found in search.found}) == 12
+    assert "no rule reads source_lift" in " ".join(report.evidence.not_shown)
+    assert "none was searched pair by pair" not in " ".join(report.evidence.not_shown)
     clean = run_toy(toys.clean(), settings=[FP32], release=["fp32"], evidence=section)
     assert failed(clean, "inverted_lift") == set()
 
