@@ -28,7 +28,7 @@ from secure_export.evidence.files import opened
 from secure_export.evidence.rounding import reading
 from secure_export.lane import Bench, Lined, at_the_head, through_settings, unrounded
 from secure_export.policy import EvidenceSpec, Setting
-from secure_export.records.measured import Paired, SettingResult, TriggerCounts
+from secure_export.records.measured import Measurement, Paired, SettingResult, TriggerCounts
 from secure_export.records.searches import FoundTrigger, Rounding, Search
 from secure_export.report._evidence import best_of
 
@@ -107,7 +107,7 @@ def row(card: Any, result: SettingResult, searches: Sequence[Search], traces: Ro
         return {"unmeasured": result.unmeasured.reason if result.unmeasured else ""}
     truth: dict[str, Any] = {"acc": [measured.acc.hits, measured.acc.total]}
     for counts in measured.triggers:
-        asr, lift = counts.asr[target], lift_of(counts, card)
+        asr, lift = counts.asr[target], lift_of(measured, counts, card)
         truth |= {"asr": [asr.hits, asr.total], "lift": [lift.gained, lift.lost, lift.total]}
     probes: dict[str, Any] = {}
     for search in searches:
@@ -125,14 +125,15 @@ def row(card: Any, result: SettingResult, searches: Sequence[Search], traces: Ro
     return {"truth": truth, "probes": probes, "rounding": asdict(traces) if traces else None}
 
 
-def lift_of(counts: TriggerCounts, card: Any) -> Paired:
+def lift_of(measured: Measurement, counts: TriggerCounts, card: Any) -> Paired:
     """Of the planted trigger: on all other classes, or on the one that the attack is made for."""
     entry, target = ZOO.get(card["name"]), card["target_class"]
     if entry is None or entry.source is None:
         of_all: Paired = counts.lift[target]
         return of_all
+    total = (measured.of_class or ())[entry.source]
     pairs = [one.lift for one in counts.pairs or () if (one.source, one.into) == (entry.source, target)]
-    return pairs[0] if pairs else Paired(0, 0, 1)
+    return pairs[0] if pairs else Paired(0, 0, total)
 
 
 def by_aim(found: FoundTrigger) -> int | str:

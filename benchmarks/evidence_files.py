@@ -92,8 +92,9 @@ def above(
     same = [one[probe]["fit_lift"] for one in clean if one.get(probe, {}).get("fit_lift")]
     if len(same) < FEWEST or not found["fit_lift"]:
         return None
-    rows = [[row[c] for c in sorted(row, key=int)] for row in (*same, found["fit_lift"])]
-    return excess(rows, len(rows) - 1)
+    aims = sorted(found["fit_lift"], key=lambda aim: [int(c) for c in aim.split(" > ")])
+    higher, column = excess([[row[aim] for aim in aims] for row in (*same, found["fit_lift"])], len(same))
+    return higher, int(aims[column].split(" > ")[-1])
 
 
 def file(

@@ -10,7 +10,7 @@ from secure_export import __version__, defence
 from secure_export.environment import versions
 from secure_export.evidence import Gathered
 from secure_export.lane import Bench
-from secure_export.policy import Policy
+from secure_export.policy import Policy, Setting
 from secure_export.records.measured import Cost, SettingResult, Suspect, Verdict
 from secure_export.records.memory import Splits, Subject
 from secure_export.records.reported import (
@@ -21,6 +21,7 @@ from secure_export.records.reported import (
     SplitInfo,
     SubjectInfo,
 )
+from secure_export.records.searches import Search
 from secure_export.report.schema import SCHEMA
 from secure_export.runtimes import runtime
 from secure_export.words import printable
@@ -28,10 +29,12 @@ from secure_export.words import printable
 UNSEARCHED = "that no trigger exists: only the triggers listed above were applied"
 SEARCHED = "that no trigger exists: the searches reach no further than the listed budgets"
 UNPAIRED = (
-    "that no trigger exists that carries the samples of one class alone: none was searched pair by pair "
-    "(by_source)"
+    "that no trigger exists that carries the samples of one class alone: not every released file was "
+    "searched for one, pair by pair (by_source)"
 )
-UNCOUNTED = "that no listed trigger carries the samples of one class alone: no rule reads source_lift"
+UNCOUNTED = (
+    "that {} carry no samples of one class alone: no rule on source_lift reads them wherever files ship"
+)
 NOT_SHOWN = (
     "anything about runtimes, their options, compression settings or CPUs that are not named here",
     "anything about inputs unlike the clean samples",
@@ -108,10 +111,11 @@ def _evidence(policy: Policy, gathered: Gathered, further: Sequence[str]) -> Evi
     done = sum(not search.unsearched for search in searches)
     ran = f"{', '.join(probes)}; {done} of {len(searches)} searches could be made"
     gaps = [SEARCHED if searches else UNSEARCHED, *NOT_SHOWN]
-    if searches and not any(search.pairs for search in searches):
+    released = [setting for setting in policy.expanded_settings() if setting.released]
+    if searches and {setting.name for setting in released} - _paired(searches):
         gaps.append(UNPAIRED)
-    if not any(rule.metric == "source_lift" for rule in policy.rules):
-        gaps.append(UNCOUNTED)
+    if uncounted := [spec.name for spec in policy.triggers if not _counted(spec.name, released, policy)]:
+        gaps.append(UNCOUNTED.format(", ".join(uncounted)))
     if policy.precise_int8:
         gaps.append(IMPRECISE)
     return Evidence(
@@ -121,6 +125,31 @@ def _evidence(policy: Policy, gathered: Gathered, further: Sequence[str]) -> Evi
         searches=searches,
         roundings=gathered.roundings,
     )
+
+
+def _paired(searches: Sequence[Search]) -> set[str]:
+    """Settings on whose purified file every pair of classes was searched to the end."""
+    return {
+        search.setting
+        for search in searches
+        if (search.lane, search.mode) == ("purified", "cold")
+        and search.pairs
+        and not search.unsearched
+        and search.steps == search.planned
+    }
+
+
+def _counted(trigger: str, released: Sequence[Setting], policy: Policy) -> bool:
+    """Whether a rule reads what a known trigger does to each class alone, on everything that ships."""
+    rules = [
+        rule
+        for rule in policy.rules
+        if rule.metric == "source_lift"
+        and rule.classes == "all"
+        and rule.can_fail
+        and (rule.triggers == "all" or trigger in rule.triggers)
+    ]
+    return all(any(rule.binds(setting) for rule in rules) for setting in released)
 
 
 def _named(result: SettingResult) -> SettingResult:

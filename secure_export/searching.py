@@ -1,4 +1,4 @@
-"""The search itself: every class in one batch, on fit, with the gradient of a twin."""
+"""The search itself: every class, or pair of classes, in one batch, on fit, with the gradient of a twin."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def search(
     Raises:
         CompressError: fit has no sample of a source.
     """
-    _check_sources(fit, aims)
+    check_sources(fit, aims)
     generator = torch.Generator().manual_seed(seed)
     deadline = None if seconds is None else time.monotonic() + seconds
     work = _Work(logits, fit, probe, against, generator, deadline, progress)
@@ -116,7 +116,12 @@ def search(
     )
 
 
-def _check_sources(fit: Split, aims: Sequence[Aim]) -> None:
+def check_sources(fit: Split, aims: Sequence[Aim]) -> None:
+    """Whether fit has samples of every source.
+
+    Raises:
+        CompressError: of one it has none.
+    """
     sources = {aim.source for aim in aims if aim.source is not None}
     lacking = sorted(sources - set(fit.labels.tolist()))
     if lacking:
@@ -259,7 +264,7 @@ def queried(
     One random change at a time, smaller ones towards the end (as the Square Attack, Andriushchenko et al.
     2020), on the same fit samples throughout.
     """
-    _check_sources(fit, aims)
+    check_sources(fit, aims)
     generator, shape = torch.Generator().manual_seed(seed), fit.inputs.shape[1:]
     asked = _asked(fit, 2 * probe.images, aims, generator)
     free = [v.clone() for v in start] if start is not None else probe.begin(shape, len(aims), generator)

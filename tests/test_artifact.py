@@ -131,7 +131,7 @@ def test_stored_report_is_judged_under_a_policy_for_models(gate: Gate, tmp_path:
             toy_policy(rules=only_int8, settings=[{"name": "int8", "steps": []}]) | {"release": ["int8"]}
         )
     )
-    with pytest.raises(PolicyError, match="no asr or lift rule on all classes binds"):
+    with pytest.raises(PolicyError, match="no asr, lift or source_lift rule on all classes binds"):
         judge(load_policy(path), report)
 
 

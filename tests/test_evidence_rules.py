@@ -17,7 +17,7 @@ from secure_export.policy.limits import MODES, Metric
 from secure_export.policy.presets import PRESETS
 from secure_export.records.measured import Count, Finding, Paired
 from secure_export.records.reported import Report
-from secure_export.records.searches import FoundTrigger, Rounding, Search
+from secure_export.records.searches import Aim, FoundTrigger, Rounding, Search, aims
 from secure_export.report.schema import dump_report, parse_report
 from secure_export.statistics import conformal_p
 from tests.judging import make_policy, make_report
@@ -27,9 +27,10 @@ N = 1000
 
 def search(mode: str, hits: int, setting: str = "fp32", **changes: Any) -> Search:
     found = FoundTrigger(1, Paired(hits, 0, N), Count(hits, N), Paired(hits, 0, N))
+    others = tuple(FoundTrigger(c, Paired(0, 0, N)) for c in (0, 2)) if mode == "cold" else ()
     plain = Search(
         "purified", setting, "patch", mode, "mask of 12 positions", (0, 1, 2), True, Count(99, 100),
-        40, 40, 5000, 1.0, "", (found,),
+        40, 40, 5000, 1.0, "", (found, *others),
     )  # fmt: skip
     return replace(plain, **changes)
 
@@ -73,6 +74,12 @@ REPLAY = {"metric": "replay_lift", "at_most": 0.2}
         ([search("cold", 900, gradient=False)], False, "breaks"),
         ([search("cold", 400, steps=10)], False, "breaks at most 0.3"),
         ([search("cold", 100, found=())], None, "no trigger was scored"),
+        (
+            [search("cold", 100, found=search("cold", 100).found[:2])],
+            None,
+            "2 of 3 classes searched, too few",
+        ),
+        ([search("cold", 400, found=search("cold", 400).found[:2])], False, "breaks at most 0.3"),
     ],
 )
 def test_what_was_not_searched_cannot_pass(records: list[Search], passed: bool | None, message: str) -> None:
@@ -135,6 +142,29 @@ def test_excess_over_clean_references_class_by_class(metric: str, mode: str) -> 
         findings(rule, search(mode, 10))
 
 
+BY_SOURCE = {"probes": [{"kind": "patch", "by_source": True}]}
+
+
+@pytest.mark.parametrize(
+    ("searched", "passed", "message"),
+    [
+        (aims(3, by_source=True), True, "6 pairs of classes"),
+        (aims(3, by_source=True)[1:], None, "5 of 6 pairs of classes searched"),
+        (aims(3), None, "0 of 6 pairs of classes searched"),
+    ],
+)
+def test_a_search_by_source_passes_with_every_pair(
+    searched: tuple[Aim, ...], passed: bool | None, message: str
+) -> None:
+    found = tuple(
+        FoundTrigger(aim.into, Paired(9, 0, N), Count(9, N), Paired(9, 0, N), source_class=aim.source)
+        for aim in searched
+    )
+    (finding,) = findings(LIFT, search("cold", 9, probe="source-patch", found=found, pairs=6), **BY_SOURCE)
+    assert finding.passed is passed, finding.message
+    assert message in finding.message
+
+
 CONTRAST = {"probes": [{"kind": "patch", "contrast": True}, {"kind": "l2"}]}
 
 
@@ -145,7 +175,11 @@ def test_contrast_is_read_of_the_probes_that_make_one(metric: str, mode: str) ->
     def found(hits: int | None) -> Search:
         plain = search(mode, 900)
         contrast = None if hits is None else Paired(hits, 0, N)
-        return replace(plain, probe="contrast-patch", found=(replace(plain.found[0], contrast=contrast),))
+        return replace(
+            plain,
+            probe="contrast-patch",
+            found=(replace(plain.found[0], contrast=contrast), *plain.found[1:]),
+        )
 
     original = search("cold", 100, lane="original", probe="contrast-patch")
     (kept,) = findings(rule, found(100), original, **CONTRAST)
@@ -192,7 +226,7 @@ def test_a_trigger_that_was_evident_and_was_not_tried_again_leaves_the_rule_unde
     rule = {"metric": "replay_lift", "at_most": 0.2, "settings": ["fp32"], "evident": True}
     other = replace(search("cold", 950).found[0], target_class=2)
     original = search("cold", 950, lane="original")
-    original = replace(original, found=(*original.found, other))
+    original = replace(original, found=(*original.found[:-1], other))
     tried = search("replay", 10)
     tried = replace(tried, found=(replace(tried.found[0], origin="fp32"),))
     (finding,) = findings(rule, original, tried)
@@ -346,7 +380,10 @@ def test_contrast_alone_does_not_release() -> None:
 
 
 def test_presets_name_three_families_at_least() -> None:
+    """But for the one that stands beside others and searches by pairs."""
     for preset, probes in PRESETS.items():
+        if preset == "contrast-source":
+            continue
         assert len({probe["kind"] for probe in probes}) >= 3, preset
 
 

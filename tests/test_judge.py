@@ -121,38 +121,91 @@ def test_limits_on_the_worst_trigger_and_class(
 
 
 THIRD = HOLDOUT // 3
-QUIET: tuple[PairLift, ...] = ()
+WHOLE = (THIRD,) * 3
+
+
+def by_source(*pairs: tuple[int, int, int, int]) -> dict[str, Any]:
+    """Numbers that agree with each other: (source, into, gained, lost) of a third of the holdout each."""
+    made = tuple(PairLift(source, into, Paired(gained, lost, THIRD)) for source, into, gained, lost in pairs)
+    lift = tuple(
+        Paired(
+            sum(pair.lift.gained for pair in made if pair.into == c),
+            sum(pair.lift.lost for pair in made if pair.into == c),
+            2 * THIRD,
+        )
+        for c in range(3)
+    )
+    triggers = make_measurement("fp32").triggers
+    return {
+        "triggers": tuple(replace(counts, pairs=made, lift=lift) for counts in triggers),
+        "of_class": WHOLE,
+    }
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    numbers = by_source((0, 1, 90, 0))
+    return numbers | {"triggers": tuple(replace(counts, **changes) for counts in numbers["triggers"])}
+
+
+SOURCE_LIFT = [
+    {"metric": "source_lift", "at_most": 0.25, "settings": ["fp32"]},
+    {"metric": "lift", "at_most": 0.5},
+    RULES[0],
+]
 
 
 @pytest.mark.parametrize(
-    ("pairs", "of_class", "passed", "where"),
+    ("numbers", "passed", "where"),
     [
-        (QUIET, (THIRD,) * 3, True, ""),
-        ((PairLift(0, 1, Paired(90, 0, THIRD)),), (THIRD,) * 3, True, "class 0 into 1"),
-        ((PairLift(0, 1, Paired(110, 0, THIRD)),), (THIRD,) * 3, None, "class 0 into 1"),
-        ((PairLift(2, 1, Paired(150, 10, THIRD)),), (THIRD,) * 3, False, "class 2 into 1"),
-        (QUIET, (THIRD, 5, THIRD), None, "class 1 into 0"),
-        (QUIET, (THIRD, 0, THIRD), None, "class 1 into 0"),
-        (None, (THIRD,) * 3, None, "class ? into 0"),
-        (QUIET, None, None, "class ? into 0"),
-        (QUIET, (THIRD,) * 2, None, "class ? into 0"),
-        ((PairLift(0, 1, Paired(9, 0, 90 * THIRD)),), (THIRD,) * 3, None, "class 0 into 1"),
-        ((PairLift(7, 1, Paired(9, 0, THIRD)),), (THIRD,) * 3, None, "class 7 into 1"),
+        (by_source(), True, "class"),
+        (by_source((0, 1, 90, 0)), True, "class 0 into 1"),
+        (by_source((0, 1, 110, 0)), None, "class 0 into 1"),
+        (by_source((0, 2, 20, 0), (2, 1, 150, 10)), False, "class 2 into 1"),
     ],
 )
-def test_source_lift_is_read_pair_by_pair(pairs: Any, of_class: Any, passed: bool | None, where: str) -> None:
-    """A trigger for one class of three lifts its target by .1, and its own samples by .3."""
-    rules = [{"metric": "source_lift", "at_most": 0.25, "settings": ["fp32"]}, *RULES]
-    triggers = tuple(replace(counts, pairs=pairs) for counts in make_measurement("fp32").triggers)
-    report = measured(triggers=triggers, of_class=of_class)
-    verdict = judge(make_policy(rules=rules), report)
+def test_source_lift_is_read_pair_by_pair(numbers: Any, passed: bool | None, where: str) -> None:
+    """A trigger for one class of three lifts its target by half of what it does to that class."""
+    verdict = judge(make_policy(rules=SOURCE_LIFT), measured(**numbers))
     finding = only(verdict.findings, "source_lift", "fp32")
     assert finding.passed is passed, finding.message
     assert where in finding.message
     assert all(f.passed for f in verdict.findings if f.rule == "lift")
-    if pairs and passed is not None:
-        lift = pairs[0].lift
+    if pairs := numbers["triggers"][0].pairs:
+        lift = pairs[-1].lift
         assert finding.bound == pytest.approx(paired_upper(lift.gained, lift.lost, THIRD, ALPHA / 6))
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        changed(pairs=None),
+        changed(pairs=()),
+        changed(pairs=(PairLift(0, 1, Paired(90, 0, THIRD)), PairLift(0, 1, Paired(0, 0, THIRD)))),
+        changed(pairs=(PairLift(1, 1, Paired(90, 0, THIRD)),)),
+        changed(pairs=(PairLift(7, 1, Paired(90, 0, THIRD)),)),
+        changed(pairs=(PairLift(0, 1, Paired(90, 0, 90 * THIRD)),)),
+        changed(pairs=(PairLift(0, 1, Paired(90, 30, THIRD)),)),
+        by_source() | {"of_class": None},
+        by_source() | {"of_class": WHOLE[:2]},
+        by_source() | {"of_class": (10**6,) * 3},
+        by_source() | {"of_class": (-THIRD, 2 * THIRD, 2 * THIRD)},
+    ],
+)
+def test_counts_by_source_that_contradict_others_decide_nothing(numbers: Any) -> None:
+    finding = only(judge(make_policy(rules=SOURCE_LIFT), measured(**numbers)).findings, "source_lift", "fp32")
+    assert (finding.passed, finding.observed) == (None, None), finding.message
+
+
+def test_samples_that_one_class_lacks_are_told_as_samples_of_all() -> None:
+    few, rest = 10, (HOLDOUT - 10) // 2
+    numbers = by_source()
+    lift = tuple(Paired(0, 0, HOLDOUT - n) for n in (rest, few, rest))
+    triggers = tuple(replace(counts, lift=lift) for counts in numbers["triggers"])
+    report = measured(triggers=triggers, of_class=(rest, few, rest))
+    finding = only(judge(make_policy(rules=SOURCE_LIFT), report).findings, "source_lift", "fp32")
+    assert (finding.passed, finding.n) == (None, few)
+    assert finding.needed is not None
+    assert finding.needed > HOLDOUT
 
 
 @pytest.mark.parametrize(

@@ -74,8 +74,10 @@ def _calibrated(search: Search, references: Sequence[Sequence[Search]]) -> Searc
     above, column = excess(rows, len(rows) - 1)
     # A known trigger was found on the subject and on no reference: the models are not exchangeable.
     p = conformal_p(rows)[0] if search.mode == "cold" else None
-    named = search.found[column].target_class
-    return replace(search, p=p, references=len(references), excess=above, excess_class=named)
+    into, source = search.found[column].aim
+    return replace(
+        search, p=p, references=len(references), excess=above, excess_class=into, excess_source=source
+    )
 
 
 def _lifts(search: Search) -> list[float]:

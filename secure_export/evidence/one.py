@@ -25,7 +25,7 @@ from secure_export.probes import Free, Probe
 from secure_export.records.measured import Paired, SettingResult
 from secure_export.records.memory import Split
 from secure_export.records.searches import Aim, FoundTrigger, Search, SearchMode
-from secure_export.searching import Finds, queried, search
+from secure_export.searching import Finds, check_sources, queried, search
 
 if TYPE_CHECKING:
     from secure_export.lane import Bench
@@ -126,6 +126,8 @@ def searched(
 
 def _anew(file: Opened, probe: Probe, mode: SearchMode, known: Sequence[Known], work: Work) -> Search:
     started = time.perf_counter()
+    if not known:
+        check_sources(work.bench.splits.fit, probe.aims(work.classes))
     others = _references(file, probe, mode, work)
     raw = _run(file, probe, mode, known, others, work)
     done = Search(

@@ -46,10 +46,11 @@ class ContrastInversion(Inverts):
     """Trigger inversion against references made on the spot (secure_export.forgetting).
 
     A trigger is searched that carries samples of other classes into a class of this model but not of a
-    reference. Other references, which the search did not see, judge the find: a class's score is the share
-    of samples that are carried in this model and not in one of those, less the reverse, with the one that
-    obeys least and for the best family. What is easy on every network of the task, and no absolute limit can
-    tell from a backdoor, counts for nothing.
+    reference. Other references, which the search did not see, judge the find. Its contrast is the share of
+    samples that are carried in this model and not in one of those, less the reverse, with the one that obeys
+    least. A class's score is that contrast for the best family, as a share of what naming a class takes
+    there. What is easy on every network of the task, and no absolute limit can tell from a backdoor, counts
+    for little.
     """
 
     reading: ClassVar[str] = "contrast"
@@ -83,7 +84,8 @@ class ContrastInversion(Inverts):
     min_contrast: float = Field(0.35, gt=0, le=1, description="naming a class takes this contrast")
     min_large_contrast: float = Field(0.7, gt=0, le=1, description="and this one where a large patch has it")
     min_l2_contrast: float = Field(0.4, gt=0, le=1, description="this one where additive changes have it")
-    min_wave_contrast: float = Field(0.4, gt=0, le=1, description="and this one where waves have it")
+    min_wave_contrast: float = Field(0.4, gt=0, le=1, description="this one where waves have it")
+    min_warp_contrast: float = Field(0.5, gt=0, le=1, description="and this one where warps have it")
 
     def least(self, family: str) -> float:
         """The contrast that naming a class takes."""
@@ -91,6 +93,7 @@ class ContrastInversion(Inverts):
             "large-patch": self.min_large_contrast,
             "l2": self.min_l2_contrast,
             "wave": self.min_wave_contrast,
+            "warp": self.min_warp_contrast,
         }
         return own.get(family, self.min_contrast)
 

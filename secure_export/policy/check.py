@@ -93,7 +93,8 @@ def _unread(policy: Policy) -> Iterator[Problem]:
     for index, trigger in enumerate(policy.triggers):
         rules = [rule for rule in policy.rules if rule.metric in CARRIED and rule.classes == "all"]
         if not any(rule.triggers == "all" or trigger.name in rule.triggers for rule in rules):
-            text = f"no asr or lift rule reads trigger {trigger.name!r}: name it in one, or leave it out"
+            rule = "no asr, lift or source_lift rule"
+            text = f"{rule} reads trigger {trigger.name!r}: name it in one, or leave it out"
             yield Problem(("triggers", index), text)
     spec = policy.evidence
     for index, probe in enumerate(spec.names if spec else ()):
@@ -114,7 +115,7 @@ def _coverage(policy: Policy) -> Iterator[Problem]:
         able = " that can fail" if len(metrics) < len({rule.metric for rule in rules}) else ""
         bound = f"{able} binds setting {setting.name!r}{', which is released' if setting.released else ''}"
         if not metrics & set(CARRIED):
-            yield Problem(places[()], f"no asr or lift rule on all classes{bound}")
+            yield Problem(places[()], f"no asr, lift or source_lift rule on all classes{bound}")
         if setting.released and not metrics & {"acc", "acc_drop"}:
             yield Problem(places[()], f"no acc or acc_drop rule{bound}")
         yield from _searches(policy, setting, places[()])

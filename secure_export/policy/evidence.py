@@ -13,7 +13,7 @@ from secure_export.policy._readings import Reading, decide
 from secure_export.policy.limits import COUNTED, Bound, EvidenceRule
 from secure_export.policy.presets import PRESETS
 from secure_export.records.measured import Count, Paired
-from secure_export.records.searches import Aim, Search, probe_name
+from secure_export.records.searches import Aim, Search, aims, probe_name
 
 
 class ForgetSpec(Section):
@@ -52,7 +52,7 @@ class EvidenceSpec(Section):
     )
     samples: int = Field(1000, ge=1, description="holdout samples on which a trigger is scored")
     scored: int = Field(
-        3, ge=1, description="classes per search that are scored on the holdout: the best on fit"
+        3, ge=1, description="classes, or pairs of them, that are scored on the holdout: the best on fit"
     )
     replayed: int = Field(
         2, ge=1, description="triggers of each probe, found on original files, replayed on every purified one"
@@ -158,6 +158,13 @@ class EvidenceSpec(Section):
         return self.names if self.warm == "all" else ()
 
     @property
+    def paired(self) -> tuple[str, ...]:
+        """Names of those that search every pair of classes."""
+        return tuple(
+            name for name, probe in zip(self.names, self.specs, strict=True) if probe.get("by_source") is True
+        )
+
+    @property
     def contrasting(self) -> tuple[str, ...]:
         """Names of those that search against references made on the spot."""
         return tuple(
@@ -183,8 +190,17 @@ class EvidenceSpec(Section):
                 f"evident to {rule.metric}"
             )
 
-    def lacking(self, search: Search) -> str:
-        """Why a search that found nothing shows nothing, in words; "" where it went as far as was asked."""
+    def lacking(self, search: Search, classes: int) -> str:
+        """Why a search that found nothing shows nothing, in words; "" where it went as far as was asked.
+
+        `classes` is how many the subject has.
+        """
+        if search.mode == "cold":
+            wanted = set(aims(classes, by_source=search.probe in self.paired))
+            found = {trigger.aim for trigger in search.found}
+            if found != wanted:
+                what = "pairs of classes" if search.probe in self.paired else "classes"
+                return f"{len(found & wanted)} of {len(wanted)} {what} searched, too few"
         if search.steps < search.planned:
             return f"cut short after {search.steps} of {search.planned} steps, too little"
         if search.mode != "replay" and not search.gradient and not self.queries:

@@ -11,7 +11,7 @@ from secure_export.policy.limits import EvidenceRule
 from secure_export.policy.schema import Policy, Setting
 from secure_export.records.measured import Count, Finding, Paired
 from secure_export.records.reported import Report
-from secure_export.records.searches import FoundTrigger, Search
+from secure_export.records.searches import Aim, FoundTrigger, Search
 
 
 def evidence_findings(policy: Policy, report: Report) -> Iterator[Finding]:
@@ -100,20 +100,21 @@ def _searched(
         if search.unsearched or not scored:
             why = search.unsearched or "no trigger was scored"
             yield Reading(f"probe {kind}", None, 0, why=f"not searched: {why}")
-        why = spec.lacking(search)
+        why = spec.lacking(search, report.subject.classes)
         if rule.reading in ("p", "excess"):
             compared: float | None = getattr(search, rule.reading)
             if compared is None:
                 yield Reading(f"probe {kind}", None, 0, why="no references")
             else:
-                where = f"probe {kind}, class {search.excess_class}"
+                aim = Aim(search.excess_class or 0, search.excess_source)
+                where = f"probe {kind}, {aim}"
                 yield Reading(where, compared, search.references, why=why)
             continue
         if rule.evident:
             settings, error = policy.expanded_settings(), 1 - policy.confidence
             evident = spec.evident(kind, settings, report.evidence.searches, error)
             scored = [one for one in scored if (one[0].origin, one[0].aim) in evident]
-            for named in {aim for _, aim in evident} - {found.aim for found, _ in scored}:
+            for named in sorted({aim for _, aim in evident} - {found.aim for found, _ in scored}, key=str):
                 why = "not held on an original file, and not tried again: raise evidence.replayed"
                 yield Reading(f"probe {kind}, {named}", None, 0, why=why)
         for found, value in scored:
@@ -140,7 +141,7 @@ def _untold(kind: str, spec: EvidenceSpec, policy: Policy, report: Report) -> It
             why = f"{len(before)} searches of the original {setting.name} in the report, expected one"
         elif before[0].unsearched:
             why = f"the original {setting.name} was not searched: {before[0].unsearched}"
-        elif lacking := spec.lacking(before[0]):
+        elif lacking := spec.lacking(before[0], report.subject.classes):
             why = f"more may be found on the original {setting.name}: {lacking}"
         else:
             continue

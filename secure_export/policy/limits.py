@@ -15,7 +15,7 @@ CARRIED = ("asr", "lift", "source_lift")
 """What says how many samples a known trigger carries."""
 PER_TRIGGER = (*CARRIED, "ra")
 COMPARING = ("acc_drop", "agreement", "logit_difference")
-PAIRED = ("acc_drop", "lift", "source_lift")
+PAIRED = ("acc_drop", "lift")
 
 Metric = Literal[
     "inverted_asr",

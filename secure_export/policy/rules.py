@@ -7,8 +7,8 @@ level 1 - alpha/m (Bonferroni), so that all m hold together with the stated conf
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from secure_export.errors import NoVerdict, Refused
 from secure_export.policy._readings import Reading, decide, message, severity
@@ -23,7 +23,7 @@ from secure_export.records.measured import (
     Measurement,
     Outcome,
     Paired,
-    PairLift,
+    TriggerCounts,
     Verdict,
 )
 from secure_export.records.reported import Report
@@ -74,6 +74,8 @@ def _rule(
     if rule.metric == "source_lift":
         alpha /= max(1, report.subject.classes - 1)
     decided = [decide(reading, rule, alpha) for reading in _readings(rule, measurement, policy, report)]
+    if rule.metric == "source_lift":
+        decided = [_of_all_classes(reading, measurement.acc.total) for reading in decided]
     worst = max(
         decided, key=lambda reading: severity(reading, rule), default=Reading("", None, 0, why="no class")
     )
@@ -109,10 +111,9 @@ def _readings(rule: Rule, measurement: Measurement, policy: Policy, report: Repo
             if rule.triggers != "all" and trigger.name not in rule.triggers:
                 continue
             found = [counts for counts in measurement.triggers if counts.trigger == trigger.name]
-            if rule.metric == "source_lift":
-                pairs = found[0].pairs if len(found) == 1 else None
+            if rule.metric == "source_lift" and len(found) == 1:
                 for c in _classes(rule, report):
-                    yield from _by_source(trigger.name, c, pairs, measurement, report.subject.classes)
+                    yield from _by_source(found[0], c, measurement, report.subject.classes)
                 continue
             per_class = getattr(found[0], rule.metric) if len(found) == 1 else ()
             for c in _classes(rule, report):
@@ -121,24 +122,50 @@ def _readings(rule: Rule, measurement: Measurement, policy: Policy, report: Repo
                 yield Reading(f"trigger {trigger.name}, class {c}", count, count.total if count else 0)
 
 
-def _by_source(
-    name: str, c: int, pairs: Sequence[PairLift] | None, measurement: Measurement, classes: int
-) -> Iterator[Reading]:
+def _of_all_classes(reading: Reading, total: int) -> Reading:
+    """What is needed of one class, told as samples of all classes with the shares that they have."""
+    if reading.needed is None or not reading.n:
+        return replace(reading, needed=None)
+    return replace(reading, needed=-(-reading.needed * total // reading.n))
+
+
+def _by_source(counts: TriggerCounts, c: int, measurement: Measurement, classes: int) -> Iterator[Reading]:
     """The lift into class c of every class that is carried there, and of the fewest samples that are not."""
-    where = f"trigger {name}, class {{}} into {c}"
+    where = f"trigger {counts.trigger}, class {{}} into {c}"
+    carried = _carried(counts, c, measurement, classes)
     of_class = measurement.of_class
-    if pairs is None or of_class is None or not 0 <= c < len(of_class) == classes:
+    if carried is None or of_class is None:
         yield Reading(where.format("?"), None, 0)
         return
-    carried = {pair.source: pair.lift for pair in pairs if pair.into == c}
     for source, lift in carried.items():
-        known = 0 <= source < classes and lift.total == of_class[source]
-        yield Reading(where.format(source), lift if known else None, lift.total)
+        yield Reading(where.format(source), lift, lift.total)
     others = set(range(classes)) - carried.keys() - {c}
     if others:
         fewest = min(others, key=lambda source: of_class[source])
-        total = of_class[fewest]
-        yield Reading(where.format(fewest), Paired(0, 0, total), total)
+        yield Reading(where.format(fewest), Paired(0, 0, of_class[fewest]), of_class[fewest])
+
+
+def _carried(
+    counts: TriggerCounts, c: int, measurement: Measurement, classes: int
+) -> Mapping[int, Paired] | None:
+    """By source the lift into class c; None where the counts are missing or contradict each other."""
+    of_class = measurement.of_class
+    if counts.pairs is None or of_class is None or not len(of_class) == len(counts.lift) == classes:
+        return None
+    pairs = [pair for pair in counts.pairs if pair.into == c]
+    whole = counts.lift[c]
+    agree = (
+        min(of_class) >= 0
+        and sum(of_class) == measurement.acc.total == whole.total + of_class[c]
+        and len({pair.source for pair in pairs}) == len(pairs)
+        and all(
+            0 <= pair.source < classes and pair.source != c and pair.lift.total == of_class[pair.source]
+            for pair in pairs
+        )
+        and sum(pair.lift.gained for pair in pairs) == whole.gained
+        and sum(pair.lift.lost for pair in pairs) <= whole.lost
+    )
+    return {pair.source: pair.lift for pair in pairs} if agree else None
 
 
 @dataclass(frozen=True)

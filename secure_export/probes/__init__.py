@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from secure_export.perturbations import Perturbation
-from secure_export.records.searches import Aim, probe_name
+from secure_export.records.searches import Aim, aims, probe_name
 from secure_export.registry import Plugin
 
 if TYPE_CHECKING:
@@ -54,9 +54,7 @@ class Probe(Plugin):
 
     def aims(self, classes: int) -> tuple[Aim, ...]:
         """What a search without a known trigger looks for: each class, or each pair of classes."""
-        if not self.by_source:
-            return tuple(Aim(c) for c in range(classes))
-        return tuple(Aim(c, s) for c in range(classes) for s in range(classes) if s != c)
+        return aims(classes, by_source=self.by_source)
 
     @abstractmethod
     def begin(self, shape: torch.Size, count: int, generator: Generator) -> Free:

@@ -26,6 +26,13 @@ class Aim(NamedTuple):
         return labels != self.into if self.source is None else labels == self.source
 
 
+def aims(classes: int, *, by_source: bool = False) -> tuple[Aim, ...]:
+    """What a search without a known trigger looks for: each class, or each pair of classes."""
+    if not by_source:
+        return tuple(Aim(c) for c in range(classes))
+    return tuple(Aim(c, s) for c in range(classes) for s in range(classes) if s != c)
+
+
 def probe_name(kind: str, contrast: bool = False, by_source: bool = False) -> str:
     """What a probe is called in rules and reports: one family can be searched in several ways."""
     return f"{'contrast-' * contrast}{'source-' * by_source}{kind}"
@@ -33,7 +40,7 @@ def probe_name(kind: str, contrast: bool = False, by_source: bool = False) -> st
 
 @dataclass(frozen=True)
 class FoundTrigger:
-    """One searched trigger of one class: how far it came, whether or not that is any evidence."""
+    """One searched trigger of a class or a pair: how far it came, whether or not that is any evidence."""
 
     target_class: int
     fit: Paired
@@ -110,6 +117,7 @@ class Search:
     """Largest lift above the references' median: of a cold search on fit, class by class; of a replay or warm
     search on the holdout, trigger by trigger. None without references."""
     excess_class: int | None = None
+    excess_source: int | None = None
     mixing: str = ""
     """Where samples of one batch may meet in the file's graph, in words; "" where they cannot, and for files
     that are no graph of ONNX."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from secure_export.records.reported import Report
-from secure_export.records.searches import FoundTrigger, Rounding, Search
+from secure_export.records.searches import Aim, FoundTrigger, Rounding, Search
 from secure_export.report._tables import class_label, differing, percent, points
 from secure_export.words import plural
 
@@ -72,17 +72,20 @@ def _found(report: Report, search: Search) -> str:
     best = best_of(search)
     if best is None or best.lift is None:
         return "nothing scored"
-    label = class_label(report, best.target_class)
-    if best.source_class is not None:
-        label += f" from {class_label(report, best.source_class)} alone"
+    label = _label(report, best.aim)
     origin = f", found on {best.origin}" if best.origin else ""
     if best.contrast is not None:
         origin += f"; {points(best.contrast.difference)} above a reference that forgot"
     if search.excess is not None and search.excess_class is not None:
         above = f"{points(search.excess)} above {search.references} clean references"
-        origin += f"; {above} into {class_label(report, search.excess_class)}"
+        origin += f"; {above} into {_label(report, Aim(search.excess_class, search.excess_source))}"
         origin += f", p {search.p:.2f}" if search.p is not None else ""
     return f"{points(best.lift.difference)} lift into {label} ({differing(best.lift).count}){origin}"
+
+
+def _label(report: Report, aim: Aim) -> str:
+    label = class_label(report, aim.into)
+    return label if aim.source is None else f"{label} from {class_label(report, aim.source)} alone"
 
 
 def gaps(report: Report) -> tuple[str, ...]:
