@@ -41,7 +41,10 @@ def said(settings: Mapping[str, Any], policy: Policy) -> str:
     for rule in spec.rules if spec else ():
         if spec is None or rule.mode not in ("replay", "warm"):
             continue
-        probes = spec.read_by(rule)
+        # No stored replay is of triggers for pairs of classes.
+        probes = [probe for probe in spec.read_by(rule) if probe not in spec.paired]
+        if not probes:
+            continue
         for one in settings.values():
             tried = [one.get("tried", {}).get(f"{rule.mode} {probe}", {}) for probe in probes]
             if rule.reading == "excess":

@@ -37,7 +37,9 @@ class ForgetSpec(Section):
     )
 
 
-Preset = Literal["fast", "wide", "thorough", "contrast", "contrast-both", "contrast-large", "contrast-source"]
+Preset = Literal[
+    "fast", "wide", "thorough", "source", "contrast", "contrast-both", "contrast-large", "contrast-source"
+]
 
 
 class EvidenceSpec(Section):

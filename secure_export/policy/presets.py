@@ -11,6 +11,7 @@ FAST: tuple[Mapping[str, Any], ...] = (
     {"kind": "warp", "steps": 40, "images": 6, "finalists": 0.4},
 )
 CONTRAST: Mapping[str, Any] = {"steps": 60, "starts": 3, "finalists": 0.4}
+BY_SOURCE: Mapping[str, Any] = {"by_source": True, "area": 0.012, "steps": 60, "images": 4, "finalists": 0.4}
 PRESETS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "fast": FAST,
     "wide": (
@@ -41,17 +42,8 @@ PRESETS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
         {"kind": "wave", "contrast": True, "amplitude": 0.07, "scan": 256, **CONTRAST},
     ),
     # A trigger for one class alone carries too few of all others' samples to be seen by the searches above.
-    "contrast-source": (
-        {
-            "kind": "patch",
-            "contrast": True,
-            "by_source": True,
-            "area": 0.012,
-            "steps": 60,
-            "images": 4,
-            "finalists": 0.4,
-        },
-    ),
+    "source": ({"kind": "patch", **BY_SOURCE},),
+    "contrast-source": ({"kind": "patch", "contrast": True, **BY_SOURCE},),
     # Natural triggers grow faster with the size than planted ones (docs/evidence-measured.md#contrast).
     "contrast-large": (
         {"kind": "patch", "contrast": True, "area": 0.036, **CONTRAST},
