@@ -33,7 +33,8 @@ UNPAIRED = (
     "searched for one, pair by pair (by_source)"
 )
 UNCOUNTED = (
-    "that {} carry no samples of one class alone: no rule on source_lift reads them wherever files ship"
+    "what these triggers do to the samples of one class alone, which no rule on source_lift reads in every "
+    "released file: {}"
 )
 NOT_SHOWN = (
     "anything about runtimes, their options, compression settings or CPUs that are not named here",

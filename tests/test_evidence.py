@@ -24,7 +24,7 @@ from secure_export.purifiers.fine_tune import FineTune
 from secure_export.records.measured import Paired
 from secure_export.records.memory import Purified, Split
 from secure_export.records.reported import Report
-from secure_export.records.searches import FoundTrigger, Search
+from secure_export.records.searches import Aim, FoundTrigger, Search
 from tests import toys
 from tests.conftest import FP32, INT8, PRUNED
 
@@ -71,7 +71,7 @@ def test_backdoor_is_found_without_its_trigger_where_it_wakes(
 ) -> None:
     report = run_toy(model(), settings=settings, release=["fp32"], evidence=EVIDENCE)
     assert failed(report, "inverted_lift") == awake_in
-    assert "none was searched pair by pair" in " ".join(report.evidence.not_shown)
+    assert "pair by pair" in " ".join(report.evidence.not_shown)
     for name in awake_in:
         best = max(cold(report, "purified", name).found, key=lambda t: t.lift.difference if t.lift else -1)
         assert best.target_class == toys.TARGET
@@ -92,8 +92,8 @@ def test_a_backdoor_for_one_class_alone_is_found_pair_by_pair(run_toy: RunToy) -
     search = next(s for s in report.evidence.searches if s.probe == "source-patch")
     assert search.extent == "12 pairs of classes"
     assert len({found.aim for found in search.found}) == 12
-    assert "no rule reads source_lift" in " ".join(report.evidence.not_shown)
-    assert "none was searched pair by pair" not in " ".join(report.evidence.not_shown)
+    assert "no rule on source_lift reads in every released file: patch" in " ".join(report.evidence.not_shown)
+    assert "pair by pair" not in " ".join(report.evidence.not_shown)
     clean = run_toy(toys.clean(), settings=[FP32], release=["fp32"], evidence=section)
     assert failed(clean, "inverted_lift") == set()
 
@@ -246,6 +246,36 @@ def test_known_triggers_are_compared_with_what_they_do_to_clean_references(
     if refused:
         assert toys.TARGET in {s.excess_class for s in report.evidence.searches if s.mode == "replay"}
         assert "above 1 clean references into" in (tmp_path / "run" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(("purify", "refused"), [(half_purified, {"fp32"}), (repaired, set())])
+def test_a_pair_that_was_evident_is_tried_again_as_it_was_found(
+    purify: Any, refused: set[str], run_toy: RunToy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(FineTune, "purify", purify)
+    reference = tmp_path / "clean.safetensors"
+    save_file(toys.clean().state_dict(), reference)
+    rules = [
+        {"metric": "inverted_lift", "at_most": 0.5},
+        {"metric": "inverted_excess", "at_most": 0.5},
+        *({"metric": f"{mode}_lift", "at_most": 0.3, "evident": True} for mode in ("replay", "warm")),
+    ]
+    section = {"probes": [PATCH | {"by_source": True}], "references": [str(reference)], "rules": rules}
+    model = toys.awake_for_one_class()
+    report = run_toy(
+        model, settings=[FP32], release=["fp32"], purify={"kind": "fine-tune"}, evidence=EVIDENCE | section
+    )
+    assert failed(report, "replay_lift") == failed(report, "inverted_excess") == refused
+    again = [search for search in report.evidence.searches if search.mode != "cold"]
+    assert [search.mode for search in again] == ["replay", "warm"]
+    for search in again:
+        assert search.found[0].aim == Aim(toys.TARGET, 0)
+        assert search.found[0].lift is not None
+        assert search.found[0].lift.total < 0.4 * 300, "samples of the source alone"
+    before = cold(report, "original", "fp32")
+    assert (before.excess_source, before.excess_class) == (0, toys.TARGET)
+    page = (tmp_path / "run" / "report.md").read_text()
+    assert " from class 0 alone" in page
 
 
 @pytest.mark.parametrize("models", [(toys.awake,), (toys.clean, toys.clean)], ids=["subject", "twice"])

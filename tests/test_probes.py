@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from secure_export import registry
+from secure_export import registry, searching
 from secure_export.counting import counted, judged_on
 from secure_export.errors import CompressError
 from secure_export.measure import logits_of
@@ -119,6 +119,34 @@ def test_a_trigger_of_one_source_is_searched_and_counted_on_it_alone(gradient: b
     few = Split(fit.inputs[fit.labels != 3], fit.labels[fit.labels != 3], "")
     with pytest.raises(CompressError, match="no sample of class 3"):
         search(model, few, probe, [Aim(0, 3)], seed=0)
+
+
+def test_pairs_that_fill_several_batches_are_searched_one_after_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fit, model = toy_split(), toys.awake_for_one_class()
+    probe = Patch(area=0.0625, steps=60, images=8, by_source=True)
+    monkeypatch.setattr(searching, "MOST_ROWS", 5 * probe.images)
+    found = search(model, fit, probe, probe.aims(toys.CLASSES), seed=0)
+    assert found.aims == probe.aims(toys.CLASSES)
+    assert (found.ended, len(found.free[0])) == (12, 12)
+    assert found.lift[found.aims.index(Aim(toys.TARGET, 0))].difference > 0.9
+
+
+def test_candidates_are_tried_on_the_samples_of_each_source() -> None:
+    """Stripes name class 1 where the image is dark; class 2 is bright, and never carried."""
+    inputs = torch.cat([torch.full((20, 1, 16, 16), level) for level in (0.4, 0.4, 0.8)])
+    labels = torch.arange(3).repeat_interleave(20)
+
+    def logits(images: torch.Tensor) -> torch.Tensor:
+        told, bright = striped(1)(images)[:, 1], 1000 * (images.mean((1, 2, 3)) - 0.6)
+        return torch.stack([torch.zeros_like(told), told, bright], dim=1)
+
+    probe = Wave(steps=1, lr=1e-6, starts=2, scan=100, images=6, by_source=True)
+    found = search(logits, Split(inputs, labels, ""), probe, probe.aims(3), seed=0)
+    reached = {aim: lift.difference for aim, lift in zip(found.aims, found.lift, strict=True)}
+    assert reached[Aim(1, 0)] > 0.9
+    assert reached[Aim(1, 2)] < 0.1
 
 
 def signal_with_a_backdoor() -> Logits:
