@@ -150,7 +150,8 @@ def test_what_was_evident_is_tried_again_first_and_each_class_before_a_second_of
     searches = [search("fp32", 90, 10, 20), search("int8", 80, 70, 60)]
 
     def tried(evident: set[tuple[str, int]]) -> list[tuple[str, int]]:
-        return [(k.origin, k.target_class) for k in best_known(searches, probe, work, evident)]
+        aims = {(origin, Aim(c)) for origin, c in evident}
+        return [(k.origin, k.aim.into) for k in best_known(searches, probe, work, aims)]
 
     assert tried(set()) == [("fp32", 0), ("int8", 0), ("int8", 1)]
     assert tried({("int8", 2)}) == [("int8", 2), ("fp32", 0), ("int8", 0)]
