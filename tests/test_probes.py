@@ -255,12 +255,12 @@ def test_only_those_that_lead_somewhere_go_on_after_a_third_of_the_steps() -> No
     short = whole.model_copy(update={"finalists": 1 / toys.CLASSES})
     found = search(toys.awake(), fit, short, classes, seed=0)
     assert lift(found, toys.TARGET) > 0.9
-    judging = 100 * (toys.CLASSES + 1)
+    judging = 100 + sum(paired.total for paired in found.lift)
     assert found.steps == 60
     assert found.forwards - judging == 2 * 8 * (20 * toys.CLASSES + 40)
     assert found.ended == 1
     early = search(toys.awake(), fit, whole.model_copy(update={"steps": 20}), classes, seed=0)
-    others = [c for c in classes if c != toys.TARGET]
+    others = [c for c in range(toys.CLASSES) if c != toys.TARGET]
     assert all(torch.equal(found.free[0][c], early.free[0][c]) for c in others)
     assert not torch.equal(found.free[0][toys.TARGET], early.free[0][toys.TARGET])
 
