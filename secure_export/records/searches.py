@@ -131,7 +131,7 @@ class Search:
         """How many classes or pairs, in words, and how many of them to the end."""
         number = len(self.classes) if self.pairs is None else self.pairs
         count = f"{number} {'classes' if self.pairs is None else 'pairs of classes'}"
-        return count if self.ended in (None, number) else f"{count}, {self.ended} to the end"
+        return count if self.ended is None or self.ended >= number else f"{count}, {self.ended} to the end"
 
 
 @dataclass(frozen=True)
