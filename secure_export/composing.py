@@ -10,7 +10,7 @@ from secure_export import __version__, defence
 from secure_export.environment import versions
 from secure_export.evidence import Gathered
 from secure_export.lane import Bench
-from secure_export.policy import Policy, Setting
+from secure_export.policy import EvidenceSpec, Policy, Setting
 from secure_export.records.measured import Cost, SettingResult, Suspect, Verdict
 from secure_export.records.memory import Splits, Subject
 from secure_export.records.reported import (
@@ -97,7 +97,7 @@ def compose(
         suspects=suspects,
         purification=purification,
         settings=settings,
-        evidence=_evidence(policy, gathered, further),
+        evidence=_evidence(policy, gathered, subject.classes, further),
         disagreements=defence.disagreements(suspects, policy.expanded_settings()),
         environment=_environment(originals, bench),
         timings=timings,
@@ -106,14 +106,14 @@ def compose(
     )
 
 
-def _evidence(policy: Policy, gathered: Gathered, further: Sequence[str]) -> Evidence:
+def _evidence(policy: Policy, gathered: Gathered, classes: int, further: Sequence[str]) -> Evidence:
     searches = gathered.searches
     probes = dict.fromkeys(search.probe for search in searches)
     done = sum(not search.unsearched for search in searches)
     ran = f"{', '.join(probes)}; {done} of {len(searches)} searches could be made"
     gaps = [SEARCHED if searches else UNSEARCHED, *NOT_SHOWN]
     released = [setting for setting in policy.expanded_settings() if setting.released]
-    if searches and {setting.name for setting in released} - _paired(searches):
+    if searches and {setting.name for setting in released} - _paired(policy.evidence, searches, classes):
         gaps.append(UNPAIRED)
     if uncounted := [spec.name for spec in policy.triggers if not _counted(spec.name, released, policy)]:
         gaps.append(UNCOUNTED.format(", ".join(uncounted)))
@@ -128,15 +128,16 @@ def _evidence(policy: Policy, gathered: Gathered, further: Sequence[str]) -> Evi
     )
 
 
-def _paired(searches: Sequence[Search]) -> set[str]:
-    """Settings on whose purified file every pair of classes was searched to the end."""
+def _paired(spec: EvidenceSpec | None, searches: Sequence[Search], classes: int) -> set[str]:
+    """Settings on whose purified file every pair of classes was searched as far as rules ask."""
     return {
         search.setting
         for search in searches
         if (search.lane, search.mode) == ("purified", "cold")
         and search.pairs
         and not search.unsearched
-        and search.steps == search.planned
+        and spec
+        and not spec.lacking(search, classes)
     }
 
 

@@ -27,7 +27,7 @@ from secure_export.probes.patch import Patch
 from secure_export.probes.warp import Warp
 from secure_export.probes.wave import Wave
 from secure_export.records.memory import Progress, Split
-from secure_export.records.searches import Aim
+from secure_export.records.searches import aims
 from secure_export.searching import search
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class _Compared:
             self.twin,
             self.searched,
             probe,
-            [Aim(c) for c in range(classes)],
+            aims(classes),
             seed=seed,
             against=self.references.avoided,
             progress=progress,

@@ -11,7 +11,7 @@ from secure_export.locators._inversion import Inverts
 from secure_export.probes.l2 import L2
 from secure_export.probes.patch import Patch
 from secure_export.records.memory import Progress, Split
-from secure_export.records.searches import Aim
+from secure_export.records.searches import aims
 from secure_export.searching import search
 
 if TYPE_CHECKING:
@@ -44,10 +44,10 @@ class TriggerInversion(Inverts):
     ) -> Mapping[str, Sequence[float]]:
         """By family, the lift of each class's best find."""
         effort = {"steps": self.steps, "images": self.images, "finalists": 0.4}
-        aims = [Aim(c) for c in range(classes)]
         return {
             probe.kind: [
-                lift.difference for lift in search(twin, fit, probe, aims, seed=seed, progress=progress).lift
+                lift.difference
+                for lift in search(twin, fit, probe, aims(classes), seed=seed, progress=progress).lift
             ]
             for probe in (Patch(**effort), L2(**effort))
         }

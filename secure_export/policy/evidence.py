@@ -162,15 +162,16 @@ class EvidenceSpec(Section):
     @property
     def paired(self) -> tuple[str, ...]:
         """Names of those that search every pair of classes."""
-        return tuple(
-            name for name, probe in zip(self.names, self.specs, strict=True) if probe.get("by_source") is True
-        )
+        return self._with("by_source")
 
     @property
     def contrasting(self) -> tuple[str, ...]:
         """Names of those that search against references made on the spot."""
+        return self._with("contrast")
+
+    def _with(self, way: str) -> tuple[str, ...]:
         return tuple(
-            name for name, probe in zip(self.names, self.specs, strict=True) if probe.get("contrast") is True
+            name for name, probe in zip(self.names, self.specs, strict=True) if probe.get(way) is True
         )
 
     def read_by(self, rule: EvidenceRule) -> tuple[str, ...]:
