@@ -29,8 +29,8 @@ class Fleet:
 
 
 FLEETS = (
-    Fleet("digits", "cnn", 42, 3),
-    Fleet("digits", "resnet18_w8", 18, 2),
+    Fleet("digits", "cnn", 56, 3),
+    Fleet("digits", "resnet18_w8", 24, 2),
     Fleet("speech", "keywords", 2, 1),
     Fleet("cpu-tiny", "resnet18_w8", 20, 1),
     Fleet("cpu-tiny", "cnn", 10, 2),
