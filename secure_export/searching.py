@@ -47,6 +47,8 @@ class _Work:
     fit: Split
     probe: Probe
     against: Logits | None
+    judge: Logits
+    """Counts what the triggers carry; no gradient is asked of it."""
     generator: torch.Generator
     deadline: float | None
     progress: Progress
@@ -82,6 +84,7 @@ def search(
     seed: int,
     start: Free | None = None,
     against: Logits | None = None,
+    judge: Logits | None = None,
     seconds: float | None = None,
     progress: Progress = silent,
 ) -> Finds:
@@ -90,7 +93,8 @@ def search(
     Minimizes the cross-entropy to the class over fit samples of other classes (Neural Cleanse, eq. 3), or of
     the source alone (Tang et al. 2021 plant such), and works `against` another model, if one is given, that
     would name the class too. It stops after `probe.steps` or when `seconds` have passed; which of the two is
-    in the result.
+    in the result. What a trigger carries is counted by `judge`, the file whose twin `logits` is, or else by
+    `logits`.
 
     Raises:
         CompressError: fit has no sample of a source.
@@ -98,7 +102,7 @@ def search(
     check_sources(fit, aims)
     generator = torch.Generator().manual_seed(seed)
     deadline = None if seconds is None else time.monotonic() + seconds
-    work = _Work(logits, fit, probe, against, generator, deadline, progress)
+    work = _Work(logits, fit, probe, against, judge or logits, generator, deadline, progress)
     # More than fit into a batch are searched one group after another.
     group = max(1, MOST_ROWS // (probe.images * probe.starts))
     parts: list[Finds] = []
@@ -148,11 +152,11 @@ def _group(work: _Work, aims: Sequence[Aim], warm: Free | None) -> Finds:
     judged, made = judged_on(work.fit, work.generator, aims), probe.perturbation(free, work.shape)
     asked = forwards_of(judged, rows)
     with reduced():
-        lift = tuple(paired for _, paired in counted(work.logits, judged, made, rows))
+        lift = tuple(paired for _, paired in counted(work.judge, judged, made, rows))
         if work.against is None:
             best = _best(lift, starts)
         else:
-            contrast = contrasted(work.logits, work.against, judged, made, rows)
+            contrast = contrasted(work.judge, work.against, judged, made, rows)
             best, asked = _best(contrast, starts), 3 * asked
     return Finds(
         free=[variable[best] for variable in free],

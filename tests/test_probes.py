@@ -159,6 +159,21 @@ def signal_with_a_backdoor() -> Logits:
     return logits
 
 
+def test_what_a_judge_says_is_counted() -> None:
+    """The twin obeys the stripes; the file beside it never does."""
+    inputs, labels = torch.full((40, 1, 16, 16), 0.5), torch.zeros(40, dtype=torch.long)
+    fit, twin = Split(inputs, labels, ""), striped(1)
+
+    def file(images: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([1.0, 0.0]).expand(len(images), 2)
+
+    probe = Wave(steps=1, lr=1e-6, starts=2, scan=100, images=6, contrast=True)
+    by_twin = search(twin, fit, probe, into(1), seed=0, against=file)
+    by_file = search(twin, fit, probe, into(1), seed=0, against=file, judge=file)
+    assert by_twin.lift[0].difference > 0.9
+    assert by_file.lift[0].difference == 0
+
+
 def test_patch_is_found_in_a_signal() -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = 0.3 * torch.rand(120, 1, 44, generator=generator)

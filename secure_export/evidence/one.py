@@ -200,7 +200,8 @@ def _run(
     }
     if file.twin is None:
         return queried(file.predictor, fit, probe, aims, **common)
-    return search(file.twin, fit, probe, aims, against=others.avoided if others else None, **common)
+    avoided = others.avoided if others else None
+    return search(file.twin, fit, probe, aims, against=avoided, judge=file.predictor, **common)
 
 
 def _scored(
