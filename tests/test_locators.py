@@ -132,6 +132,12 @@ def test_families_of_triggers_have_limits_of_their_own(
     assert (max(suspect.scores) >= suspect.evidence["min_score"]) == (named is not None or "l2" in found)
 
 
+def test_patch_that_is_large_on_a_small_image_has_the_limit_of_large_ones() -> None:
+    evidence = located("contrast-inversion", False).evidence
+    assert "contrast_large-patch" in evidence
+    assert "contrast_patch" not in evidence
+
+
 def test_contrast_inversion_compares_with_no_ruin() -> None:
     view = views.of_module(model(True), digits.HEAD, "original")
     locator = registry.build(

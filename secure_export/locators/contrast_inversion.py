@@ -71,7 +71,13 @@ class ContrastInversion(Inverts):
     families: tuple[Family, ...] = Field(
         ("patch", "large-patch", "l2", "wave"), min_length=1, description="what is searched"
     )
-    patch_area: float = Field(0.012, gt=0, le=1, description="mass of the mask as a share of the positions")
+    patch_area: float = Field(
+        0.012,
+        gt=0,
+        le=1,
+        description="mass of the mask as a share of the positions, six at least; on images so small that the "
+        "large patch has as many, that one alone is searched",
+    )
     large_patch_area: float = Field(0.036, gt=0, le=1, description="the same of the large patch")
     l2_rms: float = Field(0.027, gt=0, le=1, description="size of additive changes per input value")
     wave_amplitude: float = Field(0.07, gt=0, le=1, description="of waves, on a range of 0 to 1")
@@ -125,10 +131,17 @@ class ContrastInversion(Inverts):
         parts = order[judging:], order[:judging]
         splits = tuple(Split(fit.inputs[part], fit.labels[part], "") for part in parts)
         compared = _Compared(twin, others, *splits)
+        shape = fit.inputs.shape[1:]
         return {
             family: compared.contrasts(self._probe(family), classes, seed, progress)
-            for family in self.families
+            for family in dict.fromkeys(self._sized(family, shape) for family in self.families)
         }
+
+    def _sized(self, family: Family, shape: torch.Size) -> Family:
+        """The family, or "large-patch" where the fewest positions of a patch are as many as of that."""
+        areas = self.patch_area, self.large_patch_area
+        small, large = (Patch(area=area, contrast=True).mass(shape) for area in areas)
+        return "large-patch" if family == "patch" and small >= large else family
 
     def _probe(self, family: Family) -> Probe:
         effort: dict[str, Any] = {"steps": self.steps, "images": self.images, "starts": self.starts}

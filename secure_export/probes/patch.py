@@ -40,13 +40,13 @@ class Patch(Probe):
 
     def perturbation(self, free: Sequence[Tensor], shape: torch.Size) -> Perturbation:
         """Masks of the budget's mass, patterns in [0, 1]."""
-        return patch(free[0], free[1], self._mass(shape))
+        return patch(free[0], free[1], self.mass(shape))
 
     def proposed(self, free: Sequence[Tensor], share: float, generator: Generator) -> Free:
         """Every second time another square at another place, else other colours where the square is."""
         place, value = (variable.clone() for variable in free)
         axes = spatial(value.shape[1:])
-        side = max(1, round(self._mass(value.shape[1:]) ** (1 / len(axes))))
+        side = max(1, round(self.mass(value.shape[1:]) ** (1 / len(axes))))
         for row in range(len(place)):
             if torch.rand((), generator=generator) < 0.5:
                 corner = [int(torch.randint(0, max(1, n - side + 1), (), generator=generator)) for n in axes]
@@ -59,8 +59,9 @@ class Patch(Probe):
 
     def budget(self, shape: torch.Size) -> str:
         """Mass of the mask."""
-        return f"mask of {self._mass(shape):.1f} of {spatial(shape).numel()} positions"
+        return f"mask of {self.mass(shape):.1f} of {spatial(shape).numel()} positions"
 
-    def _mass(self, shape: torch.Size) -> float:
+    def mass(self, shape: torch.Size) -> float:
+        """Of the mask, in positions."""
         fewest = FEWEST_IN_CONTRAST if self.contrast else FEWEST_POSITIONS
         return max(fewest, self.area * spatial(shape).numel())
