@@ -1,4 +1,4 @@
-"""The papers' tables beside ours, from stored results: `python -m benchmarks.tables [--out FILE]`.
+"""The papers' tables beside ours, from stored results: `python -m benchmarks.tables [--zoo BUILD ...]`.
 
 `published.json` holds every published cell and what of ours answers it. Nothing is measured here, and a cell
 that nothing stored answers says "missing".
@@ -26,6 +26,8 @@ ALPHA = 0.05
 HEADER = ("attack", "network", "defence", "ACC ours", "ACC paper", "ASR ours", "ASR paper", "remark")
 
 Counts = Mapping[str, Sequence[int]]
+Present = frozenset[tuple[str, str]]
+"""(name, sha256) of the models that tables are of."""
 Row = Mapping[str, Any]
 """One published cell: what it says, and under `ours` what of ours answers it."""
 
@@ -40,6 +42,7 @@ class Trial:
     fit: int
     seed: int
     settings: Mapping[str, Counts]
+    sha256: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -54,16 +57,18 @@ class Located:
 
 @click.command()
 @click.option("--results", default=RESULTS, type=click.Path(exists=True, path_type=Path))
-@click.option("--zoo", default="zoo", show_default=True, help="the build, by its cards in RESULTS/ZOO.json")
+@click.option(
+    "--zoo",
+    "builds",
+    multiple=True,
+    default=("zoo",),
+    show_default=True,
+    help="the build, by its cards in RESULTS/ZOO.json; given again, cells are means and ranges over all",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="write here instead of printing")
-def main(results: Path, zoo: str, out: Path | None) -> None:
-    """Every table as Markdown, of one build of the zoo: what stands side by side was tried on one model."""
-    cards = results / f"{zoo}.json"
-    if not cards.is_file():
-        raise click.UsageError(
-            f"no cards {cards}: python -m benchmarks.zoo_table --result {cards} writes them"
-        )
-    present = {name: card["sha256"] for name, card in json.loads(cards.read_text()).items()}
+def main(results: Path, builds: tuple[str, ...], out: Path | None) -> None:
+    """Every table as Markdown. Of one build of the zoo what stands side by side was tried on one model."""
+    present = frozenset(model for build in builds for model in models(results / f"{build}.json"))
     published = json.loads(PUBLISHED.read_text())
     found = (*trials(results, present), *rounded(results, present))
     text = "\n".join(document(published, found, tuple(located(results, present))))
@@ -73,32 +78,42 @@ def main(results: Path, zoo: str, out: Path | None) -> None:
         out.write_text(text + "\n")
 
 
-def trials(results: Path, present: Mapping[str, str]) -> Iterator[Trial]:
+def models(cards: Path) -> Iterator[tuple[str, str]]:
+    """(name, sha256) of every model of a build."""
+    if not cards.is_file():
+        raise click.UsageError(
+            f"no cards {cards}: python -m benchmarks.zoo_table --result {cards} writes them"
+        )
+    for name, card in json.loads(cards.read_text()).items():
+        yield name, card["sha256"]
+
+
+def trials(results: Path, present: Present) -> Iterator[Trial]:
     """Trials of benchmarks.defences on the zoo's present weights; a policy may ask for other parameters."""
     for path in sorted((results / "defences").glob("*.json")):
         found = json.loads(path.read_text())
         recipe = found["recipe"]
-        model, fit, seed = found["model"], found["fit"], found["seed"]
-        if found["sha256"] == present.get(model):
-            yield Trial(model, recipe["kind"], fit, seed, found["settings"], recipe)
-            yield Trial(model, "none", fit, seed, found["before"])
+        model, fit, seed, sha256 = found["model"], found["fit"], found["seed"], found["sha256"]
+        if (model, sha256) in present:
+            yield Trial(model, recipe["kind"], fit, seed, found["settings"], sha256, recipe)
+            yield Trial(model, "none", fit, seed, found["before"], sha256)
 
 
-def rounded(results: Path, present: Mapping[str, str]) -> Iterator[Trial]:
+def rounded(results: Path, present: Present) -> Iterator[Trial]:
     """What benchmarks.rounding_cures measured of `efrap`, in the int8 file: it changes no other."""
     path = results / "rounding-cures.json"
     for place, found in json.loads(path.read_text()).items() if path.is_file() else ():
         model = Path(place).name
-        if place != "versions" and found["sha256"] == present.get(model) and "efrap" in found["rows"]:
-            yield Trial(model, "efrap", 500, 0, {"int8-u8s8": found["rows"]["efrap"]})
+        if place != "versions" and (model, found["sha256"]) in present and "efrap" in found["rows"]:
+            yield Trial(model, "efrap", 500, 0, {"int8-u8s8": found["rows"]["efrap"]}, found["sha256"])
 
 
-def located(results: Path, present: Mapping[str, str]) -> Iterator[Located]:
+def located(results: Path, present: Present) -> Iterator[Located]:
     """What the locators said of the zoo's present weights in benchmarks.locate_trials, view by view."""
     path = results / "locate.json"
     for place, found in json.loads(path.read_text())["models"].items() if path.is_file() else ():
         model = Path(place).name
-        if found["dataset"] == "cifar10" and found["sha256"] == present.get(model):
+        if found["dataset"] == "cifar10" and (model, found["sha256"]) in present:
             for row in found["rows"].values():
                 for locator, said in row.get("locators", {}).items():
                     yield Located(model, locator, said["class"] == found["target_class"])
@@ -106,7 +121,7 @@ def located(results: Path, present: Mapping[str, str]) -> Iterator[Located]:
 
 def document(published: Mapping[str, Any], found: Sequence[Trial], said: Sequence[Located]) -> Iterator[str]:
     """All tables, and how much of each is there."""
-    yield "Percent. Ours: hits of n with the exact 95 % interval, or the mean and range over seeds."
+    yield "Percent. Ours: hits of n with the exact 95 % interval, or mean and range over runs (seeds, builds)."
     for table, title in published["titles"].items():
         rows = [row for row in published["rows"] if row["table"] == table]
         lines = [_line(row, rows, found, said) for row in rows]
@@ -182,12 +197,12 @@ def matching(ours: Mapping[str, Any], found: Sequence[Trial]) -> list[Trial]:
             and ours["setting"] in trial.settings
             and as_asked(trial, wanted)
         ]
+        if chosen and ours["kind"] == "none":
+            # An untouched model is the same in every trial: one reading, the last, from the most samples.
+            chosen.sort(key=lambda trial: trial.settings[ours["setting"]]["acc"][1])
+            return list({trial.sha256: trial for trial in chosen}.values())
         if chosen:
-            # An untouched model is the same in every trial: one reading, from the most samples.
-            key = ours["setting"]
-            return (
-                [max(chosen, key=lambda t: t.settings[key]["acc"][1])] if ours["kind"] == "none" else chosen
-            )
+            return chosen
     return []
 
 

@@ -84,7 +84,7 @@ def test_other_weights_and_other_recipes_answer_nothing(tmp_path: Path) -> None:
     assert ["missing" in line for line in lines_of(tmp_path) if line.startswith(row)] == [False]
 
 
-def test_a_table_is_of_one_build_and_says_nothing_of_models_that_it_lacks(tmp_path: Path) -> None:
+def test_a_table_of_one_build_says_nothing_of_models_that_it_lacks(tmp_path: Path) -> None:
     (tmp_path / "zoo.json").write_text(json.dumps({"badnets": {"sha256": "now"}}))
     (tmp_path / "other.json").write_text(json.dumps({"sig": {"sha256": "then"}}))
     stored(tmp_path, "one")
@@ -98,6 +98,22 @@ def test_a_table_is_of_one_build_and_says_nothing_of_models_that_it_lacks(tmp_pa
         assert ["missing" not in line for row in rows for line in lines if line.startswith(row)] == answered
     result = CliRunner().invoke(tables.main, ["--results", str(tmp_path), "--zoo", "unknown"])
     assert (result.exit_code, "no cards" in result.output) == (2, True)
+
+
+def test_several_builds_are_pooled_and_an_untouched_model_counts_once_a_build(tmp_path: Path) -> None:
+    (tmp_path / "zoo.json").write_text(json.dumps({"badnets": {"sha256": "now"}}))
+    (tmp_path / "other.json").write_text(json.dumps({"badnets": {"sha256": "then"}}))
+    stored(tmp_path, "one")
+    stored(tmp_path, "again", recipe={"kind": "nad"})
+    low = {"fp32": {"acc": [870, 1000], "asr": [0, 900]}}
+    stored(tmp_path, "two", sha256="then", settings=low, before=low)
+    result = CliRunner().invoke(tables.main, ["--results", str(tmp_path), "--zoo", "zoo", "--zoo", "other"])
+    assert "| d3, retain set 1 % | 86.00 (85.00 to 87.00, 2 runs)" in result.output
+    (row, *_) = [
+        line for line in result.output.splitlines() if line.startswith("| BadNets | ResNet-18 | none")
+    ]
+    assert "| 88.50 (87.00 to 90.00, 2 runs)" in row
+    assert "| 50.00 (0.00 to 100.00, 2 runs)" in row
 
 
 def test_published_cells_ask_for_things_that_exist() -> None:
