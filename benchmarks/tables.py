@@ -121,7 +121,7 @@ def located(results: Path, present: Present) -> Iterator[Located]:
 
 def document(published: Mapping[str, Any], found: Sequence[Trial], said: Sequence[Located]) -> Iterator[str]:
     """All tables, and how much of each is there."""
-    yield "Percent. Ours: hits of n with the exact 95 % interval, or mean and range over runs (seeds, builds)."
+    yield "Percent. Ours: hits of n with the exact 95 % interval, or mean and range of runs (seeds, builds)."
     for table, title in published["titles"].items():
         rows = [row for row in published["rows"] if row["table"] == table]
         lines = [_line(row, rows, found, said) for row in rows]
