@@ -133,7 +133,7 @@ def test_the_reference_that_forgot_most_judges(
     assert failed(report, "inverted_contrast") == (set() if all(knowing) else {"fp32"})
 
 
-def test_what_was_evident_is_tried_again_first_and_each_class_before_a_second_of_one(tmp_path: Path) -> None:
+def test_all_that_was_evident_is_tried_again_first_and_each_class_before_a_second_of_one(tmp_path: Path) -> None:
     probe = Patch()
     work: Any = SimpleNamespace(bench=SimpleNamespace(folder=tmp_path), spec=SimpleNamespace(replayed=3))
 
@@ -156,7 +156,7 @@ def test_what_was_evident_is_tried_again_first_and_each_class_before_a_second_of
     assert tried(set()) == [("fp32", 0), ("int8", 0), ("int8", 1)]
     assert tried({("int8", 2)}) == [("int8", 2), ("fp32", 0), ("int8", 0)]
     several = {("fp32", 0), ("int8", 0), ("int8", 1), ("fp32", 2), ("int8", 2)}
-    assert tried(several) == [("fp32", 0), ("int8", 1), ("int8", 2)]
+    assert tried(several) == [("fp32", 0), ("int8", 1), ("int8", 2), ("int8", 0), ("fp32", 2)]
     save_file({"0": torch.zeros(3, 1)}, next(tmp_path.glob("search-*")))
     with pytest.raises(IntegrityError, match="damaged"):
         tried(set())

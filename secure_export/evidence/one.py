@@ -59,7 +59,8 @@ def best_known(
 ) -> tuple[Known, ...]:
     """The triggers of one probe that did best on fit, over every original file; each aim once a file.
 
-    Those of `evident` (setting, aim) come first: of each aim the best, then of each the second.
+    Those of `evident` (setting, aim) come first, and all of them: of each aim the best, then of each the
+    second. Others only where `replayed` asks for more.
     """
     known = []
     for found in searches:
@@ -78,7 +79,7 @@ def best_known(
         turns[one.aim] += 1
     ahead = [one for _, one in sorted(first, key=lambda pair: pair[0])]
     known = ahead + [one for one in known if (one.origin, one.aim) not in evident]
-    return tuple(known[: work.spec.replayed])
+    return tuple(known[: max(work.spec.replayed, len(ahead))])
 
 
 def searched(

@@ -57,7 +57,10 @@ class EvidenceSpec(Section):
         3, ge=1, description="classes, or pairs of them, that are scored on the holdout: the best on fit"
     )
     replayed: int = Field(
-        2, ge=1, description="triggers of each probe, found on original files, replayed on every purified one"
+        2,
+        ge=1,
+        description="triggers of each probe, found on original files, replayed on every purified one; more "
+        "where more are evident to a rule",
     )
     warm: Annotated[str | tuple[str, ...], selection(("all", "none"))] = Field(
         "all",

@@ -115,7 +115,7 @@ def _searched(
             evident = spec.evident(kind, settings, report.evidence.searches, error)
             scored = [one for one in scored if (one[0].origin, one[0].aim) in evident]
             for named in sorted({aim for _, aim in evident} - {found.aim for found, _ in scored}, key=str):
-                why = "not held on an original file, and not tried again: raise evidence.replayed"
+                why = "not held on an original file, and not tried again: run it under this policy"
                 yield Reading(f"probe {kind}, {named}", None, 0, why=why)
         for found, value in scored:
             where = f"probe {kind}, {found.aim}"
