@@ -133,7 +133,7 @@ def test_the_reference_that_forgot_most_judges(
     assert failed(report, "inverted_contrast") == (set() if all(knowing) else {"fp32"})
 
 
-def test_all_that_was_evident_is_tried_again_first_and_each_class_before_a_second_of_one(tmp_path: Path) -> None:
+def test_all_that_was_evident_is_tried_again_each_class_before_a_second_of_one(tmp_path: Path) -> None:
     probe = Patch()
     work: Any = SimpleNamespace(bench=SimpleNamespace(folder=tmp_path), spec=SimpleNamespace(replayed=3))
 
