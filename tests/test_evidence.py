@@ -72,6 +72,7 @@ def test_backdoor_is_found_without_its_trigger_where_it_wakes(
     report = run_toy(model(), settings=settings, release=["fp32"], evidence=EVIDENCE)
     assert failed(report, "inverted_lift") == awake_in
     assert "pair by pair" in " ".join(report.evidence.not_shown)
+    assert {s.mode for s in report.evidence.searches} == {"cold"}, "nothing was purified, to be tried again"
     for name in awake_in:
         best = max(cold(report, "purified", name).found, key=lambda t: t.lift.difference if t.lift else -1)
         assert best.target_class == toys.TARGET

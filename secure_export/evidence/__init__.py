@@ -62,7 +62,8 @@ def gather(policy: Policy, lanes: tuple[Results, Results], classes: int, bench: 
         for name, probe in work.probes.items()
     }
     found += cold_searches(purifieds, work)
-    found += tried_again(purifieds, known, work)
+    if any(map(purified, originals, purifieds)):
+        found += tried_again(purifieds, known, work)
     if policy.evidence.references:
         compared = [
             cold_searches(one, work)
@@ -71,6 +72,12 @@ def gather(policy: Policy, lanes: tuple[Results, Results], classes: int, bench: 
         ]
         found = calibrated(found, compared)
     return Gathered(tuple(found), tuple(_roundings(policy, lanes, bench)) if policy.evidence.rounding else ())
+
+
+def purified(original: SettingResult, result: SettingResult) -> bool:
+    """Whether a setting's file is another than the original's; also where there is none to tell by."""
+    before, after = original.artifact, result.artifact
+    return before is None or after is None or before.sha256 != after.sha256
 
 
 def work_of(spec: EvidenceSpec, classes: int, bench: Bench) -> Work:
