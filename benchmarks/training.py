@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor, nn
 
-from secure_export import searching
+from secure_export import precision
 
 Loss = Callable[[int, Generator], Tensor]
 
 
 def reduced(device: torch.device) -> AbstractContextManager[object]:
     """Forward passes in bfloat16, two thirds of float32's time; not on CPUs where they take ten times."""
-    return searching.reduced() if device.type == "cpu" else torch.autocast(device.type, torch.bfloat16)
+    return precision.reduced() if device.type == "cpu" else torch.autocast(device.type, torch.bfloat16)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from secure_export.augmentation import augmented
 from secure_export.errors import CompressError
+from secure_export.precision import reduced
 from secure_export.records.memory import Progress, Split, silent
 from secure_export.twins import Twin
 
@@ -99,9 +100,11 @@ def forgotten(
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / WARMUP) * (1 - 0.95 * step / steps)
         mixed = _mixed(inputs, batch_size, generator)
-        with torch.no_grad():
-            wanted = F.log_softmax(twin(mixed) / TEMPERATURE, 1)
-        said = F.log_softmax(call(mixed, moved) / TEMPERATURE, 1)
+        with reduced():
+            with torch.no_grad():
+                answers = twin(mixed).float()
+            own = call(mixed, moved).float()
+        wanted, said = (F.log_softmax(logits / TEMPERATURE, 1) for logits in (answers, own))
         loss = TEMPERATURE**2 * F.kl_div(said, wanted, reduction="batchmean", log_target=True)
         gradients = torch.autograd.grad(loss, list(moved.values()), allow_unused=True)
         for value, gradient in zip(moved.values(), gradients, strict=True):

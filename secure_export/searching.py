@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from secure_export.counting import MOST_ROWS, contrasted, counted, forwards_of, judged_on
 from secure_export.errors import CompressError
 from secure_export.perturbations import as_samples
+from secure_export.precision import reduced
 from secure_export.probes import Free, Logits, Probe
 from secure_export.records.measured import Paired
 from secure_export.records.memory import Progress, Split, silent
@@ -239,12 +239,6 @@ def _descended(
     for variable, moved in zip(free, moving, strict=True):
         variable[rows] = moved.detach()
     return done, forwards, mean
-
-
-def reduced() -> AbstractContextManager[object]:
-    """bfloat16 where the processor has fast arithmetic of it: a gradient's direction needs no more."""
-    fast = "AVX512" in torch.backends.cpu.get_cpu_capability()
-    return torch.autocast("cpu", torch.bfloat16) if fast else nullcontext()
 
 
 def _ones(shape: torch.Size) -> list[int]:
