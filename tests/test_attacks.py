@@ -206,9 +206,9 @@ def test_low_frequency_search_fools_the_network_and_stays_smooth(
     data: datasets.Images, tmp_path: Path
 ) -> None:
     model = network()
-    recipe = Poison(steps=30, dense=30, dense_share=0.01, frozen=0, lr=0.1, batch_size=64)
+    recipe = Poison(steps=60, dense=60, dense_share=0.01, frozen=0, lr=0.1, batch_size=64)
     badnets.implant(model, data, PATCH, TARGET, recipe, tmp_path, quiet)
-    searched = lf.Lf(steps=40, height=0.6, sigma=1.5)
+    searched = lf.Lf(steps=40, height=0.9, sigma=1.5)
     trigger = lf.make(model, data, TARGET, searched, tmp_path / "lf", quiet)
     found = measuring.counts(
         lambda x: model(datasets.normalize(x)), data.test_x, data.test_y, trigger, TARGET
