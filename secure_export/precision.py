@@ -1,4 +1,4 @@
-"""Lower precision for gradients; what a verdict counts never passes through it."""
+"""Lower precision for searches and distillation; what counts on the holdout never passes through it."""
 
 from __future__ import annotations
 
