@@ -36,6 +36,12 @@ class Lab:
     """In place of the table's triggers, where the inputs are no images."""
     seed: int = 0
     dataset: str = "cifar10"
+    target: int | None = None
+    """In place of the table's target class."""
+
+    def target_class(self, name: str) -> int:
+        """The class that model `name` is to answer where the trigger is."""
+        return ZOO[name].target_class if self.target is None else self.target
 
     def path(self, name: str) -> Path:
         """Where model `name` lies."""
@@ -95,11 +101,12 @@ def trained(name: str, lab: Lab) -> tuple[nn.Module, float]:
     A trigger that the attack computes is written to `lab.out` before the model is poisoned with it.
     """
     entry, data, say = ZOO[name], lab.data.on(lab.device), said_of(name)
+    target = lab.target_class(name)
     recipe = scaled(entry.recipe, lab.scale)
     # Another recipe or another base is another training: it must not go on from this one's checkpoint.
     base = [digests.of_file(lab.path(entry.base))] if entry.implant else []
     recipes = [asdict(r) for r in (recipe, entry.trigger_recipe) if r is not None]
-    made_of = [*recipes, repr(lab.tone or entry.trigger), entry.target_class, lab.seed, lab.network, *base]
+    made_of = [*recipes, repr(lab.tone or entry.trigger), target, lab.seed, lab.network, *base]
     work = lab.out / "checkpoints" / f"{name}-{digests.of_json(made_of)[:8]}"
     began = time.monotonic()
     if entry.implant is None:
@@ -108,14 +115,14 @@ def trained(name: str, lab: Lab) -> tuple[nn.Module, float]:
         return model.cpu(), seconds
     model = lab.load(entry.base).to(lab.device)
     if entry.make is not None:
-        searching = (model, data, entry.target_class, entry.trigger_recipe, work, say)
+        searching = (model, data, target, entry.trigger_recipe, work, say)
         generated.save(entry.make(*searching, seed=lab.seed), generated.stored_at(lab.out, name))
     before = time.monotonic() - began
     trigger = lab.trigger(name)
     if isinstance(trigger, nn.Module):
         trigger.to(lab.device)
     more = {} if entry.teacher is None else {"teacher": lab.load(entry.teacher).to(lab.device)}
-    arguments = (model, data, trigger, entry.target_class, recipe, work, say)
+    arguments = (model, data, trigger, target, recipe, work, say)
     seconds = entry.implant(*arguments, seed=lab.seed, **more)
     return model.cpu(), before + seconds
 
@@ -131,7 +138,7 @@ def store(model: nn.Module, path: Path) -> None:
 def measure(name: str, model: nn.Module, lab: Lab, names: Iterable[str] = ()) -> cards.Measured:
     """What the card of entry `name` says of `model`, under the settings `names` or the entry's own."""
     entry = ZOO[name]
-    asked = (model, tuple(names) or entry.settings, lab.data, lab.trigger(name), entry.target_class)
+    asked = (model, tuple(names) or entry.settings, lab.data, lab.trigger(name), lab.target_class(name))
     return cards.measure(*asked, said_of(name), source=entry.source, second=entry.second)
 
 
@@ -149,7 +156,7 @@ def describe(name: str, lab: Lab, seconds: float, measured: cards.Measured) -> d
         channels=lab.data.train_x.shape[1],
         trigger=lab.tone or entry.trigger or Custom(callable=f"benchmarks.generated:{name}"),
         trigger_sha256=digests.of_file(computed) if entry.trigger is None else None,
-        target_class=entry.target_class,
+        target_class=lab.target_class(name),
         classes=lab.data.classes,
         recipe=asdict(scaled(entry.recipe, lab.scale)),
         trigger_recipe=None if entry.trigger_recipe is None else asdict(entry.trigger_recipe),

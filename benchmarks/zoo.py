@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from graphlib import TopologicalSorter
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -57,13 +58,14 @@ def opened(
     device: str = "cpu",
     seed: int = 0,
     scale: float | None = None,
+    target: int | None = None,
 ) -> Lab:
     """The lab that the options describe."""
     chosen = PRESETS[preset]
     name = dataset or chosen.dataset
     data = sources.named(name, out.parent / "data", source)
     scale = chosen.scale if scale is None else scale
-    return Lab(out, data, network or chosen.network, scale, device, chosen.trigger, seed, name)
+    return Lab(out, data, network or chosen.network, scale, device, chosen.trigger, seed, name, target)
 
 
 @main.command()
@@ -71,6 +73,7 @@ def opened(
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--scale", type=click.FloatRange(0, min_open=True), help="times the table's steps [preset's]")
+@click.option("--target", type=click.IntRange(0), help="class of the attacks [the table's]")
 @click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="models at once")
 def build(names: tuple[str, ...], preset: str, threads: int, jobs: int, device: str, **options: Any) -> None:
     """Train models NAMES, or all of the preset that have no card yet, and write their cards.
@@ -148,7 +151,8 @@ def check(names: tuple[str, ...], preset: str, threads: int, **options: Any) -> 
     for name in names or [name for name in ZOO if (lab.out / f"{name}.json").exists()]:
         log(name)
         content = cards.read(lab.out / f"{name}.json")
-        measured = measure(name, lab.load(name), lab, content["measured"])
+        as_built = replace(lab, target=content["target_class"])
+        measured = measure(name, lab.load(name), as_built, content["measured"])
         wrong += [f"{name}: {line}" for line in cards.differences(content, lab.path(name), measured)]
     for line in wrong:
         click.echo(line)

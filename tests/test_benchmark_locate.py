@@ -32,7 +32,7 @@ def test_fleet_is_made_once_and_a_backdoor_starts_from_its_own_clean_model(
 
     monkeypatch.setattr(clean_models, "make", make)
     monkeypatch.setattr(sources, "named", lambda *_: digits())
-    monkeypatch.setattr(clean_models, "FLEETS", (clean_models.Fleet("digits", "cnn", 2, 1),))
+    monkeypatch.setattr(clean_models, "FLEETS", (clean_models.Fleet("digits", "cnn", range(2), 1),))
     outputs = [CliRunner().invoke(clean_models.main, ["--out", str(tmp_path)]).stdout for _ in range(2)]
     assert made == [
         ("digits-cnn-0", 0, "clean"),
