@@ -224,6 +224,63 @@ def test_a_file_that_hides_its_gradient_is_not_released(gate: Gate, around: str)
     assert gate.run().exit_code == 0
 
 
+def behind_a_step(proto: onnx.ModelProto, step: str) -> onnx.ModelProto:
+    """A checkered square of four pixels compared with a number: class 1 where it is met, nothing below."""
+    seen = np.zeros((1, 1, 8, 8), np.float32)
+    seen[0, 0, 1:3, 4:6] = 1000, -1000
+    seen[0, 0, 2, 4:6] = -1000, 1000
+    head = proto.graph.node[-1]
+    weight = next(w for w in proto.graph.initializer if w.name == "head.weight")
+    into = numpy_helper.to_array(weight)[1:2] - numpy_helper.to_array(weight).mean(0, keepdims=True)
+    proto.graph.initializer.extend(
+        [
+            array("seen", seen, np.float32),
+            array("below", [-1800], np.float32),
+            array("least", 0, np.float32),
+            array("most", 1, np.float32),
+            array("flat", [-1, 1]),
+            array("into", 1000 * into, np.float32),
+        ]
+    )
+    stepped = {
+        "Clip": [helper.make_node("Clip", ["met", "least", "most"], ["step"])],
+        "Sigmoid": [helper.make_node("Sigmoid", ["met"], ["step"])],
+        "Cast": [
+            helper.make_node("Relu", ["met"], ["over"]),
+            helper.make_node("Cast", ["over"], ["bit"], to=TensorProto.BOOL),
+            helper.make_node("Cast", ["bit"], ["step"], to=FLOAT),
+        ],
+    }
+    nodes = [
+        *list(proto.graph.node)[:-1],
+        helper.make_node("Conv", ["input", "seen", "below"], ["met"]),
+        *stepped[step],
+        helper.make_node("Reshape", ["step", "flat"], ["row"]),
+        helper.make_node("MatMul", ["row", "into"], ["added"]),
+        helper.make_node("Add", [head.input[0], "added"], ["features"]),
+        helper.make_node("Gemm", ["features", *head.input[1:]], head.output, transB=1),
+    ]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    del proto.graph.value_info[:]
+    return proto
+
+
+@pytest.mark.parametrize("step", ["Clip", "Sigmoid", "Cast"])
+def test_a_trigger_behind_a_step_is_found_along_a_slope_that_is_lent(gate: Gate, step: str) -> None:
+    """Its own slope is zero until the trigger is complete, so the plain search stays where it began."""
+    blind(gate)
+    gate.save(behind_a_step(gate.graph(), step))
+    assert gate.run().exit_code == 0
+    probe = {"kind": "patch", "area": 0.0625, "steps": 30, "images": 8, "surrogate": True}
+    gate.policy["evidence"] = FOUND | {"probes": [probe]}
+    assert gate.run().exit_code == 3
+    assert failing(gate) == {"inverted_lift"}
+    (search, *_) = load_report(gate.out / "report.json").evidence.searches
+    assert search.probe == "surrogate-patch"
+    assert {found.target_class for found in search.found if found.lift and found.lift.difference > 0.9} == {1}
+
+
 def woken_alone() -> onnx.ModelProto:
     """Clean in every batch, backdoored alone: the size of the batch chooses what the head reads."""
     nodes, weights, heads = [], [], []

@@ -26,6 +26,7 @@ from secure_export.records.measured import Paired, SettingResult
 from secure_export.records.memory import Split
 from secure_export.records.searches import Aim, FoundTrigger, Search, SearchMode
 from secure_export.searching import Finds, check_sources, queried, search
+from secure_export.surrogates import with_surrogates
 
 if TYPE_CHECKING:
     from secure_export.lane import Bench
@@ -202,7 +203,8 @@ def _run(
     if file.twin is None:
         return queried(file.predictor, fit, probe, aims, **common)
     avoided = others.avoided if others else None
-    return search(file.twin, fit, probe, aims, against=avoided, judge=file.predictor, **common)
+    twin = with_surrogates(file.twin) if probe.surrogate else file.twin
+    return search(twin, fit, probe, aims, against=avoided, judge=file.predictor, **common)
 
 
 def _scored(

@@ -38,7 +38,15 @@ class ForgetSpec(Section):
 
 
 Preset = Literal[
-    "fast", "wide", "thorough", "source", "contrast", "contrast-both", "contrast-large", "contrast-source"
+    "fast",
+    "wide",
+    "thorough",
+    "source",
+    "surrogate",
+    "contrast",
+    "contrast-both",
+    "contrast-large",
+    "contrast-source",
 ]
 
 
@@ -50,7 +58,7 @@ class EvidenceSpec(Section):
     )
     probes: tuple[PluginSpec, ...] = Field(
         (),
-        description="instead of the preset's; each kind once, and once more with contrast, by_source or both",
+        description="instead of the preset's; each kind once, and once more for each way to search it",
     )
     samples: int = Field(1000, ge=1, description="holdout samples on which a trigger is scored")
     scored: int = Field(
@@ -148,8 +156,8 @@ class EvidenceSpec(Section):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What they are called: their kind, with `contrast-` and `source-` before it where they search so."""
-        ways = ("contrast", "by_source")
+        """What they are called: their kind, with `contrast-` and the like before it where they search so."""
+        ways = ("contrast", "by_source", "surrogate")
         return tuple(
             probe_name(str(probe["kind"]), **{way: probe.get(way) is True for way in ways})
             for probe in self.specs

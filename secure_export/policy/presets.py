@@ -10,6 +10,7 @@ FAST: tuple[Mapping[str, Any], ...] = (
     {"kind": "l2", "steps": 90, "images": 4, "finalists": 0.4},
     {"kind": "warp", "steps": 40, "images": 6, "finalists": 0.4},
 )
+SURROGATE: Mapping[str, Any] = {"surrogate": True, "steps": 60, "images": 6, "finalists": 0.4}
 CONTRAST: Mapping[str, Any] = {"steps": 60, "starts": 3, "finalists": 0.4}
 BY_SOURCE: Mapping[str, Any] = {"by_source": True, "area": 0.012, "steps": 60, "images": 4, "finalists": 0.4}
 PRESETS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
@@ -29,6 +30,8 @@ PRESETS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
         {"kind": "warp", "steps": 100, "images": 12},
         {"kind": "filter", "steps": 100, "images": 12},
     ),
+    # What a graph does behind a hard step has no slope: nothing above would ever come near it.
+    "surrogate": ({"kind": "patch", **SURROGATE}, {"kind": "l2", **SURROGATE}),
     "contrast": (
         {"kind": "patch", "contrast": True, "area": 0.012, **CONTRAST},
         {"kind": "l2", "contrast": True, "rms": 0.018, **CONTRAST},

@@ -46,11 +46,16 @@ class Probe(Plugin):
         description="search every pair of classes: a trigger that carries samples of one class alone into "
         "another, counted on that class; with K classes K - 1 times as many",
     )
+    surrogate: bool = Field(
+        False,
+        description="follow a slope that is lent to the network where it has none, for triggers behind hard "
+        "steps, below which nothing moves",
+    )
 
     @property
     def name(self) -> str:
         """What rules and reports call it: a policy may search a family in several ways."""
-        return probe_name(self.kind, self.contrast, self.by_source)
+        return probe_name(self.kind, self.contrast, self.by_source, self.surrogate)
 
     def aims(self, classes: int) -> tuple[Aim, ...]:
         """What a search without a known trigger looks for: each class, or each pair of classes."""

@@ -33,9 +33,9 @@ def aims(classes: int, *, by_source: bool = False) -> tuple[Aim, ...]:
     return tuple(Aim(c, s) for c in range(classes) for s in range(classes) if s != c)
 
 
-def probe_name(kind: str, contrast: bool = False, by_source: bool = False) -> str:
+def probe_name(kind: str, contrast: bool = False, by_source: bool = False, surrogate: bool = False) -> str:
     """What a probe is called in rules and reports: one family can be searched in several ways."""
-    return f"{'contrast-' * contrast}{'source-' * by_source}{kind}"
+    return f"{'surrogate-' * surrogate}{'contrast-' * contrast}{'source-' * by_source}{kind}"
 
 
 @dataclass(frozen=True)

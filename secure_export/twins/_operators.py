@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 Values = list[Any]
 """Operands; an optional one that is absent is None."""
@@ -219,8 +220,24 @@ def rounded(operands: Values, _: Attributes) -> Tensor:
     if not float(scale) > 0:
         raise ValueError("a scale that is not positive")
     low, high = RANGES[zero.dtype]
-    made: Tensor = _Rounded.apply(data, float(scale), low - int(zero), high - int(zero))
+    return straight_rounded(data, float(scale), low - int(zero), high - int(zero))
+
+
+def straight_rounded(data: Tensor, scale: float, low: int, high: int) -> Tensor:
+    """Multiples of `scale` from `low` to `high`; one function, so that a torch function mode sees it."""
+    if has_torch_function((data,)):
+        made: Tensor = handle_torch_function(straight_rounded, (data,), data, scale, low, high)
+    else:
+        made = _Rounded.apply(data, scale, low, high)
     return made
+
+
+def hard_step(data: Tensor) -> Tensor:
+    """1 where there is something, else 0, as floats; one function, so that a torch function mode sees it."""
+    if has_torch_function((data,)):
+        made: Tensor = handle_torch_function(hard_step, (data,), data)
+        return made
+    return (data != 0).to(data.dtype)
 
 
 def _dequantize(operands: Values, attributes: Attributes) -> Tensor:
@@ -268,8 +285,10 @@ def _matmul_integer(operands: Values, _: Attributes) -> Tensor:
 def _cast(operands: Values, attributes: Attributes) -> Tensor:
     kind = CASTS[attributes["to"]]
     data: Tensor = operands[0]
-    if not data.is_floating_point() or kind is torch.bool:
+    if not data.is_floating_point():
         return data.to(kind)
+    if kind is torch.bool:
+        return hard_step(data)
     # Codes of integer operators travel as floats here: a cast to integers cuts off, and passes gradients.
     return data if kind.is_floating_point else data + (data.trunc() - data).detach()
 
