@@ -40,6 +40,7 @@ class ForgetSpec(Section):
 Preset = Literal[
     "fast",
     "wide",
+    "plain-waves",
     "thorough",
     "source",
     "surrogate",
