@@ -40,7 +40,6 @@ class ForgetSpec(Section):
 Preset = Literal[
     "fast",
     "wide",
-    "plain-waves",
     "thorough",
     "source",
     "surrogate",

@@ -20,10 +20,6 @@ PRESETS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
         {"kind": "large-patch", "steps": 60, "images": 6, "finalists": 0.4},
         {"kind": "wave", "steps": 60, "images": 4, "starts": 2, "finalists": 0.3},
     ),
-    # Every network is weak to some of them in some class, so it takes clean references to say in which.
-    "plain-waves": (
-        {"kind": "wave", "amplitude": 0.157, "scan": 256, "steps": 3, "images": 40, "starts": 3},
-    ),
     "thorough": (
         {"kind": "patch", "steps": 120, "images": 12},
         {"kind": "large-patch", "steps": 120, "images": 12},
