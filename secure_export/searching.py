@@ -97,7 +97,7 @@ def search(
     `logits`.
 
     Raises:
-        CompressError: fit has no sample of a source.
+        CompressError: fit has no sample of a source, or a gradient is not finite somewhere on the way.
     """
     check_sources(fit, aims)
     generator = torch.Generator().manual_seed(seed)
@@ -230,6 +230,8 @@ def _descended(
             losses = losses - _unnamed(others, wanted[:, None]).squeeze(1)
         losses = losses * counts
         gradients = torch.autograd.grad(losses.sum() / probe.images, moving)
+        if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+            raise CompressError("the search came where the twin gives a gradient that is not finite")
         for variable, gradient in zip(moving, gradients, strict=True):
             variable.grad = gradient
         optimizer.step()

@@ -25,6 +25,15 @@ def graph(*nodes: NodeProto, weights: Any = ()) -> ModelProto:
     return small(list(nodes), ["n", 4], weights)
 
 
+def retyped(proto: ModelProto, opset: int = 0) -> ModelProto:
+    """The graph in another opset, or with an input in double precision."""
+    if opset:
+        proto.opset_import[0].version = opset
+    else:
+        proto.graph.input[0].type.tensor_type.elem_type = TensorProto.DOUBLE
+    return proto
+
+
 GRID = [array("scale", 0.1, np.float32), array("zero", 0, np.uint8), array("whole", 3, np.uint8)]
 OTHERWISE: dict[str, ModelProto] = {
     "a cast that overflows": graph(
@@ -50,6 +59,31 @@ OTHERWISE: dict[str, ModelProto] = {
         node("Cast", "codes", "logits", to=FLOAT),
         weights=GRID,
     ),
+    "an average over part of a window": graph(
+        node("Reshape", "input image", "signal"),
+        node("AveragePool", "signal", "means", kernel_shape=[2], pads=[1, 0]),
+        node("Flatten", "means", "logits"),
+        weights=[array("image", [-1, 1, 4])],
+    ),
+    "truths as integers": graph(
+        node("Cast", "input", "truth", to=TensorProto.BOOL),
+        node("Cast", "truth", "number", to=TensorProto.INT64),
+        node("Cast", "number", "logits", to=FLOAT),
+    ),
+    "numbers beside which others are lost": graph(
+        node("Add", "input far", "away"),
+        node("Sub", "away far", "logits"),
+        weights=[array("far", 2.0**27, np.float32)],
+    ),
+    "a rounding that is rounded again": graph(
+        node("QuantizeLinear", "input scale zero", "codes"),
+        node("DequantizeLinear", "codes scale zero", "coarse"),
+        node("QuantizeLinear", "coarse finer zero", "again"),
+        node("DequantizeLinear", "again finer zero", "logits"),
+        weights=[*GRID, array("finer", 0.01, np.float32)],
+    ),
+    "double precision": retyped(graph(node("Relu", "input", "logits"))),
+    "a softmax over several axes": retyped(graph(node("Softmax", "input", "logits")), opset=12),
     "a scale of nothing": graph(
         node("QuantizeLinear", "input nothing zero", "codes"),
         node("DequantizeLinear", "codes scale zero", "logits"),

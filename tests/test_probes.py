@@ -18,7 +18,7 @@ from secure_export.probes.patch import Patch
 from secure_export.probes.warp import Warp
 from secure_export.probes.wave import Wave
 from secure_export.records.memory import Split
-from secure_export.records.searches import Aim
+from secure_export.records.searches import Aim, aims
 from secure_export.searching import Finds, queried, search
 from secure_export.triggers import Trigger
 from tests import toys
@@ -347,3 +347,15 @@ def test_what_wakes_on_bytes_alone_is_searched_on_bytes() -> None:
     assert bool(logits_of(awake_on_bytes, Split(inputs, labels, ""), trigger).isfinite().all())
     blended = as_samples(trigger(as_floats.inputs), Split(inputs, labels, ""))
     assert torch.equal(blended, (255 * blended).round() / 255)
+
+
+def test_a_search_that_meets_a_gradient_without_a_number_shows_nothing() -> None:
+    """Its triggers would be no numbers either, and what they carry would count as nothing found."""
+
+    def moated(inputs: torch.Tensor) -> torch.Tensor:
+        light = inputs.flatten(1).sum(1)
+        return torch.stack([light, (0 * light).sqrt()], 1)
+
+    fit = Split(torch.rand(20, 1, 4, 4), torch.arange(20) % 2, "fit")
+    with pytest.raises(CompressError, match="not finite"):
+        search(moated, fit, Patch(steps=3), aims(2), seed=0)

@@ -15,14 +15,22 @@ from torch import Tensor
 
 from secure_export.twins._operators import Attributes, Operator, Values
 
-FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 COUNTED = (*FLOATS, TensorProto.INT64, TensorProto.BOOL)
-"""Types that torch computes with as runtimes do; codes of narrower integers are floats, and never wrap."""
+"""Types that torch computes with as runtimes do; codes of narrower integers are floats, and never wrap. Where
+a file computes in double precision the twin does not, and what is tiny would be lost in it."""
 MOVED = (
     "Cast Concat ConvInteger DequantizeLinear DynamicQuantizeLinear Expand Flatten Gather Identity "
     "MatMulInteger MaxPool QuantizeLinear Reshape Shape Slice Squeeze Transpose Unsqueeze"
 )
 """Operators that may read narrow integers: they carry them on, or take them as what they stand for."""
+LARGEST = 1e6
+"""Of a constant that is computed with: beside larger numbers small ones are lost, or not, as a runtime orders
+and fuses its sums."""
+BOUNDS = ("Clip", "Pow")
+"""Operators whose constants are no terms or factors."""
+SOFTMAX_OF_ONE_AXIS = 13
+"""The first opset in which Softmax is taken along one axis, the last one unless it is named."""
 ANY = object()
 POOLED = "kernel_shape pads auto_pad strides ceil_mode"
 READ: Mapping[str, str] = {
@@ -103,6 +111,18 @@ def unheeded(kind: str, attributes: Attributes) -> str:
     return ""
 
 
+def check_large(kind: str, constant: Tensor) -> None:
+    """Whether a constant that a node reads is of a size at which sums do not depend on their order.
+
+    Raises:
+        ValueError: it is not, in words.
+    """
+    if constant.is_floating_point() and kind not in BOUNDS and constant.numel():
+        largest = float(constant.abs().max())
+        if not largest <= LARGEST:
+            raise ValueError(f"computes with {largest:.3g}: beyond {LARGEST:g} sums depend on their order")
+
+
 def types_made(kind: str, attributes: Attributes, reads: list[int]) -> tuple[int, ...]:
     """Types of what a node makes from types that it reads, by the numbers of ONNX.
 
@@ -111,11 +131,13 @@ def types_made(kind: str, attributes: Attributes, reads: list[int]) -> tuple[int
     """
     narrow = next((one for one in reads if one not in COUNTED), None)
     if narrow is not None and kind not in MOVED.split():
-        raise ValueError(f"computes with integers of type {TensorProto.DataType.Name(narrow)}")
+        raise ValueError(f"computes with values of type {TensorProto.DataType.Name(narrow)}")
     if kind == "Cast":
         to = int(attributes["to"])
         if reads[0] in FLOATS and to not in (*FLOATS, TensorProto.BOOL):
             raise ValueError("of floats to integers, which overflow differently in every runtime")
+        if reads[0] == TensorProto.BOOL and to not in (*FLOATS, TensorProto.BOOL):
+            raise ValueError("of truths to integers, which would be floats in the twin")
         return (to,)
     match kind:
         case "ConvInteger" | "MatMulInteger":

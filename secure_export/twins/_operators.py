@@ -64,6 +64,8 @@ def _pool(kind: str) -> Operator:
         size = attributes["kernel_shape"]
         fill = -math.inf if kind == "max" else 0.0
         data, padding = _pads(operands, attributes, len(size), fill)
+        if kind == "average" and (attributes.get("ceil_mode") or data is not operands[0]):
+            raise ValueError("an average over a window that is not whole, which runtimes divide differently")
         strides = attributes.get("strides", [1] * len(size))
         ceil = bool(attributes.get("ceil_mode", 0))
         if kind == "max":
