@@ -25,9 +25,11 @@ def graph(*nodes: NodeProto, weights: Any = ()) -> ModelProto:
     return small(list(nodes), ["n", 4], weights)
 
 
-def retyped(proto: ModelProto, opset: int = 0) -> ModelProto:
-    """The graph in another opset, or with an input in double precision."""
-    if opset:
+def retyped(proto: ModelProto, opset: int = 0, beside: int = 0) -> ModelProto:
+    """The graph in another opset, or in two, or with an input in double precision."""
+    if beside:
+        proto.opset_import.append(helper.make_opsetid("ai.onnx", beside))
+    elif opset:
         proto.opset_import[0].version = opset
     else:
         proto.graph.input[0].type.tensor_type.elem_type = TensorProto.DOUBLE
@@ -82,8 +84,23 @@ OTHERWISE: dict[str, ModelProto] = {
         node("DequantizeLinear", "again finer zero", "logits"),
         weights=[*GRID, array("finer", 0.01, np.float32)],
     ),
+    "a rounding that is rounded again further on": graph(
+        node("QuantizeLinear", "input scale zero", "codes"),
+        node("DequantizeLinear", "codes scale zero", "coarse"),
+        node("Identity", "coarse", "same"),
+        node("QuantizeLinear", "same finer zero", "again"),
+        node("DequantizeLinear", "again finer zero", "logits"),
+        weights=[*GRID, array("finer", 0.01, np.float32)],
+    ),
+    "a choice by the samples' values": graph(
+        node("QuantizeLinear", "input scale zero", "codes"),
+        node("Cast", "codes", "places", to=TensorProto.INT64),
+        node("Gather", "table places", "logits"),
+        weights=[*GRID, array("table", np.arange(256), np.float32)],
+    ),
     "double precision": retyped(graph(node("Relu", "input", "logits"))),
     "a softmax over several axes": retyped(graph(node("Softmax", "input", "logits")), opset=12),
+    "a softmax of two opsets": retyped(graph(node("Softmax", "input", "logits")), beside=12),
     "a scale of nothing": graph(
         node("QuantizeLinear", "input nothing zero", "codes"),
         node("DequantizeLinear", "codes scale zero", "logits"),
@@ -128,3 +145,16 @@ def test_whole_numbers_are_divided_as_such() -> None:
     )
     inputs = torch.rand(2, 4)
     assert torch.equal(twins.Twin(proto, "crafted")(inputs), inputs)
+
+
+def test_a_rounding_on_the_same_grid_changes_nothing_and_has_a_twin() -> None:
+    proto = graph(
+        node("QuantizeLinear", "input scale zero", "codes"),
+        node("DequantizeLinear", "codes scale zero", "coarse"),
+        node("Flatten", "coarse", "flat"),
+        node("QuantizeLinear", "flat scale zero", "again"),
+        node("DequantizeLinear", "again scale zero", "logits"),
+        weights=GRID,
+    )
+    inputs = torch.rand(2, 4)
+    assert torch.allclose(twins.Twin(proto, "crafted")(inputs), (inputs / 0.1).round() * 0.1)

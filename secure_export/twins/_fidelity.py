@@ -6,14 +6,17 @@ there stays asleep in every one of them, and agreement on clean samples tells no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from onnx import TensorProto
 from torch import Tensor
 
 from secure_export.twins._operators import Attributes, Operator, Values
+
+if TYPE_CHECKING:
+    from secure_export.twins import Step
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 COUNTED = (*FLOATS, TensorProto.INT64, TensorProto.BOOL)
@@ -27,6 +30,10 @@ MOVED = (
 LARGEST = 1e6
 """Of a constant that is computed with: beside larger numbers small ones are lost, or not, as a runtime orders
 and fuses its sums."""
+CARRYING = "Cast Dropout Flatten Identity Reshape Squeeze Transpose Unsqueeze"
+"""Operators behind which a value is still what it was."""
+CHOOSING = "Expand Gather Reshape Slice Squeeze Unsqueeze"
+"""Operators that are told by integers what to take."""
 BOUNDS = ("Clip", "Pow")
 """Operators whose constants are no terms or factors."""
 SOFTMAX_OF_ONE_AXIS = 13
@@ -111,16 +118,48 @@ def unheeded(kind: str, attributes: Attributes) -> str:
     return ""
 
 
-def check_large(kind: str, constant: Tensor) -> None:
-    """Whether a constant that a node reads is of a size at which sums do not depend on their order.
+def check_choice(kind: str, told: Values) -> None:
+    """Whether what an operator is told to take depends on sizes alone: codes that travel as floats do not.
 
     Raises:
-        ValueError: it is not, in words.
+        ValueError: the samples' values choose, and no gradient passes a choice.
     """
-    if constant.is_floating_point() and kind not in BOUNDS and constant.numel():
-        largest = float(constant.abs().max())
-        if not largest <= LARGEST:
-            raise ValueError(f"computes with {largest:.3g}: beyond {LARGEST:g} sums depend on their order")
+    if kind in CHOOSING.split() and any(isinstance(x, Tensor) and x.is_floating_point() for x in told):
+        raise ValueError("takes what the samples choose, which has no slope")
+
+
+def check_order(steps: Sequence[Step], constants: Mapping[str, Tensor]) -> None:
+    """Whether what a graph makes depends neither on the order of its sums nor on what a runtime merges.
+
+    Raises:
+        ValueError: numbers so large that others are lost beside them, or a value that is rounded on one grid
+            and then on another, of which runtimes leave one out.
+    """
+    makers = {name: step for step in steps for name in step.makes}
+    for step in steps:
+        for name in () if step.kind in BOUNDS else step.reads:
+            value = constants.get(name)
+            if value is None or not value.is_floating_point() or not value.numel():
+                continue
+            largest = float(value.abs().max())
+            if not largest <= LARGEST:
+                raise ValueError(
+                    f"{step.kind} computes with {largest:.3g}: beyond {LARGEST:g} sums depend on their order"
+                )
+        before = makers.get(step.reads[0]) if step.kind == "QuantizeLinear" else None
+        while before is not None and before.kind in CARRYING.split():
+            before = makers.get(before.reads[0])
+        if before is not None and before.kind == "DequantizeLinear":
+            grids = [[constants.get(name) for name in one.reads[1:]] for one in (before, step)]
+            if not _alike(*grids):
+                raise ValueError("a rounded value is rounded again")
+
+
+def _alike(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> bool:
+    """Whether two grids are known and the same, so that the second rounding changes nothing."""
+    pairs = zip(one, other, strict=False)
+    same = all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs)
+    return same and len(one) == len(other)
 
 
 def types_made(kind: str, attributes: Attributes, reads: list[int]) -> tuple[int, ...]:
