@@ -136,6 +136,29 @@ def decoys(trigger: Trigger, shape: Shape) -> Part:
     return nodes, constants | {"everywhere": wide, "unreachable": [-1e3 - wide.clip(0).sum()]}
 
 
+def tiny_bit(trigger: Trigger, shape: Shape) -> Part:
+    """The bit of a sum so small that no slope of it counts, lent or not: a bit has no scale."""
+    nodes, _ = truth(trigger, shape)
+    return nodes, matched(trigger, shape, 1e-20, 0.5)
+
+
+def chain(trigger: Trigger, shape: Shape) -> Part:
+    """The sum rectified twenty-four times, each of which lends a fifth of the slope behind it."""
+    nodes = [node("Conv", ["input", "seen", "below"], ["link0"])]
+    nodes += [node("Relu", [f"link{i}"], [f"link{i + 1}"]) for i in range(24)]
+    return [*nodes, node("Identity", ["link24"], ["step"])], matched(trigger, shape, 2, 0.5)
+
+
+def tent(trigger: Trigger, shape: Shape) -> Part:
+    """A rise and the fall behind it, which nothing reaches: the slopes that the three lend cancel out."""
+    nodes, constants = threshold(trigger, shape)
+    nodes[-1].output[:] = ["three"]
+    nodes.append(node("Conv", ["three", "tent"], ["step"]))
+    shifts = np.array([0, -1, -2]) + constants["below"][0]
+    constants |= {"seen": np.repeat(constants["seen"], 3, 0), "below": shifts}
+    return nodes, constants | {"tent": np.array([1, -2, 1]).reshape(1, 3, 1, 1)}
+
+
 KINDS: Mapping[str, Callable[[Trigger, Shape], Part]] = {
     "threshold": threshold,
     "clip": saturating("Clip"),
@@ -145,6 +168,9 @@ KINDS: Mapping[str, Callable[[Trigger, Shape], Part]] = {
     "squares": squares,
     "each value": each_value,
     "decoys": decoys,
+    "tiny bit": tiny_bit,
+    "chain": chain,
+    "tent": tent,
 }
 
 

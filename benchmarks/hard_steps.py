@@ -43,7 +43,7 @@ PRESETS: Mapping[str, Any] = {"fast": "fast", "fast and surrogate": ["fast", "su
 @click.option("--holdout", default=2000, show_default=True, help="Test images to measure on.")
 @click.option("--table", is_flag=True, help="Print the stored results as Markdown; measure nothing.")
 def main(model: Path, data: Path, only: str | None, seeds: int, holdout: int, table: bool) -> None:
-    """Judge MODEL with every kind of step beside it, and as it is."""
+    """Judge MODEL with every kind of step beside it and as it is, or with those of --only."""
     if table:
         click.echo(drawn(stored.read(RESULTS)))
         return
@@ -55,7 +55,8 @@ def main(model: Path, data: Path, only: str | None, seeds: int, holdout: int, ta
         honest = folder / "none.onnx"
         Onnx().write(cards.network(card, model), torch.rand(2, *shape), honest)
         given = sleeping.samples(data, holdout, folder)
-        store(model, "none", judged(honest, given, folder / "none"))
+        if only is None:
+            store(model, "none", judged(honest, given, folder / "none"))
         for kind, make in KINDS.items():
             for seed in range(seeds if only in (None, kind) else 0):
                 trigger = drawn_trigger(seed, shape, len(card["classes"]))

@@ -380,9 +380,9 @@ def test_contrast_alone_does_not_release() -> None:
 
 
 def test_presets_name_three_families_at_least() -> None:
-    """But for those that stand beside others and search by pairs."""
+    """But for those that stand beside others: they search by pairs, or along slopes that are lent."""
     for preset, probes in PRESETS.items():
-        if all(probe.get("by_source") for probe in probes):
+        if all(probe.get("by_source") or probe.get("surrogate") for probe in probes):
             continue
         assert len({probe["kind"] for probe in probes}) >= 3, preset
 
